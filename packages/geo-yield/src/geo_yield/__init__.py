@@ -1,0 +1,1 @@
+"""Crop yield from satellite imagery; see README.md."""

@@ -1,0 +1,5 @@
+"""The one family of errors that are the user's to mend; every other exception is ours and keeps its traceback."""
+
+
+class InputProblem(ValueError):
+    """Something in the user's files or options is wrong. The message says what was given, what is allowed, what to do."""

@@ -1,0 +1,1 @@
+"""Attention and token operations; see README.md."""
