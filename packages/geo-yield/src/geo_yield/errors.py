@@ -2,4 +2,4 @@
 
 
 class InputProblem(ValueError):
-    """Something in the user's files or options is wrong. The message says what was given, what is allowed, what to do."""
+    """Wrong files or options. The message says what was given, what is allowed, what to do."""

@@ -102,7 +102,7 @@ class YieldTensor:
 
     def __post_init__(self) -> None:
         if self.image.shape != (len(self), *self.layout.shape):
-            raise InputProblem(f"image must be {(len(self), *self.layout.shape)} as its layout says, got {self.image.shape}")
+            raise InputProblem(f"image must be {(len(self), *self.layout.shape)} by its layout, got {self.image.shape}")
 
     def __len__(self) -> int:
         return len(self.region_id)
@@ -143,7 +143,7 @@ def write_histograms(path: Path, layout: HistogramLayout, batches: Iterable[Yiel
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = 0
     try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer:
             for batch in batches:
                 layout.refuse_mismatch(batch.layout, given="a batch of histograms", expected=str(path))
                 writer.write_table(_to_arrow(batch, schema), row_group_size=ROWS_PER_GROUP)
@@ -177,9 +177,7 @@ class HistogramStore:
         """Rows in file order, at most `size` at a time; memory does not depend on how many there are."""
         wanted = None if years is None else np.array(sorted(set(years)), dtype=np.int16)
         for file in self.files:
-            # pre_buffer would fetch a whole file ahead; off, memory stays at one row group.
-            reader = pq.ParquetFile(file, pre_buffer=False)
-            for batch in reader.iter_batches(batch_size=size):
+            for batch in _row_groups(file, size):
                 tensor = from_arrow(batch, self.layout)
                 if wanted is not None:
                     tensor = tensor.take(np.isin(tensor.year, wanted))
@@ -202,6 +200,15 @@ class HistogramStore:
             twice = next(key for key in keys if keys.count(key) > 1)
             raise InputProblem(f"region '{twice[0]}' has year {twice[1]} twice in '{self.path}'")
         return tensor
+
+
+def _row_groups(file: Path, size: int) -> Iterator[pa.RecordBatch]:
+    try:
+        # pre_buffer would fetch a whole file ahead; off, memory stays at one row group.
+        reader = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+        yield from reader.iter_batches(batch_size=size)
+    except (pa.ArrowException, OSError) as problem:
+        raise InputProblem(f"'{file}' is damaged: {str(problem).splitlines()[0]}. Run prepare again.") from None
 
 
 def _schema(layout: HistogramLayout) -> pa.Schema:
@@ -254,7 +261,6 @@ def _read_layout(file: Path) -> HistogramLayout:
     try:
         metadata = pq.read_schema(file).metadata or {}
         return HistogramLayout.from_json(metadata[_LAYOUT_KEY].decode())
-    except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError) as problem:
-        raise InputProblem(f"'{file}' is not a histogram file of geo-yield ({type(problem).__name__})") from None
-    except OSError as problem:
-        raise InputProblem(f"cannot read '{file}': {problem}") from None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as problem:
+        reason = str(problem).splitlines()[0] if isinstance(problem, OSError) else type(problem).__name__
+        raise InputProblem(f"'{file}' is not a histogram file of geo-yield: {reason}") from None

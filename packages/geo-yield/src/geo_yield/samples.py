@@ -55,8 +55,8 @@ class Samples:
 
     def __post_init__(self) -> None:
         for name in ("target", "history", "trend"):
-            if getattr(self, name).shape != (len(self),):
-                raise InputProblem(f"{name} must have one value for each of {len(self)} rows, got {getattr(self, name).shape}")
+            if (shape := getattr(self, name).shape) != (len(self),):
+                raise InputProblem(f"{name} must have one value for each of {len(self)} rows, got shape {shape}")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -82,7 +82,7 @@ class Samples:
 
     def replace(self, **changes: object) -> "Samples":
         """A copy with some fields changed."""
-        return Samples(**({f.name: getattr(self, f.name) for f in fields(self)} | changes))  # type: ignore[arg-type]
+        return Samples(**({f.name: getattr(self, f.name) for f in fields(self)} | changes))
 
 
 def years_of(samples: Samples) -> Sequence[int]:

@@ -57,4 +57,4 @@ class Scene(Protocol):
         """The scene's grid, read from its own georeference. Raises InputProblem if it has none."""
 
     def read(self, layout: HistogramLayout) -> Pixels:
-        """Decode: fill, scale or shift, QA and mask as `layout` says. Raises InputProblem on files that cannot be read."""
+        """Decode: fill, scale or shift, QA and mask as `layout` says. Raises InputProblem on unreadable files."""
