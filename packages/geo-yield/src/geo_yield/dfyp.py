@@ -187,7 +187,7 @@ class OperatorLayer(nn.Module):
         return mixed.index_select(0, order.argsort())
 
     def route(self, batch: int, year: Int[Tensor, "B"] | None) -> dict[Operator, list[int]]:
-        """Operator to the rows that take it, without operators that no row takes. Raises ValueError on a wrong count."""
+        """Operator to the rows that take it; only operators that some row takes. Raises ValueError on a wrong count."""
         if year is None:
             return {self.operator: list(range(batch))}
         if year.shape != (batch,):
