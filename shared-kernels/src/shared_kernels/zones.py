@@ -6,18 +6,23 @@ add up to the counts of the region bit by bit, in whatever way it was cut.
 The bins are those of `numpy.histogram` with explicit edges: [e0, e1), [e1, e2), ..., the last one closed. Decisions:
 - The value's bin is found first and joined with its zone to one int32 key, so that a single `bincount` serves all
   zones; a mask per zone would read the tile once for each.
-- A dtype of 16 bits has 65,536 values: their bins are found once per band and looked up, 25 times faster than searching
-  the edges for each pixel. Wider integers that hold only such values (DN kept as int64) are narrowed first.
-- Pixels pass through in chunks that stay in the cache.
+- A dtype of 16 bits has 65,536 values: their bins are found once per band and looked up, over ten times faster than
+  searching the edges for each pixel. Wider integers that hold only such values (DN kept as int64) are narrowed first.
+- The upper 16 bits of a float32 settle its bin too, unless an edge lies among the values that share them; only those
+  pixels are searched.
+- Pixels pass through in chunks that stay in the cache. Sorting the pixels of a grid by zone beforehand was not worth an
+  object to carry around: finding the zone's counter is a fifth of the time.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
+_WORTH_A_TABLE = 1 << 15  # pixels; for fewer, building it costs more than it saves
 _SIXTEEN_BITS = (torch.int16, torch.uint16, torch.float16, torch.bfloat16)
 
 
@@ -57,7 +62,7 @@ def _count(
     edges: Shaped[Tensor, "K+1"],
     zones: int,
 ) -> Int64[Tensor, "zones K+2"]:
-    bin_of = _lookup(pixels.dtype, edges) if _looked_up(pixels) else _search(edges)
+    bin_of = _bin_finder(pixels, edges)
     bins = len(edges) + 1
     counts = torch.zeros(zones * bins, dtype=torch.int64, device=pixels.device)
     # a GPU takes the band whole; with many zones, clearing and adding the counters must not outweigh the pixels
@@ -71,35 +76,42 @@ def _count(
     return counts.reshape(zones, bins)
 
 
-def _looked_up(pixels: Tensor) -> bool:
-    return pixels.dtype in _SIXTEEN_BITS and len(pixels) >= _CHUNK  # for fewer the table costs more than it saves
+def _bin_finder(pixels: Shaped[Tensor, "P"], edges: Shaped[Tensor, "K+1"]) -> Callable[[Tensor], Int[Tensor, "P"]]:
+    """Pixels to bins: 0 below all edges, 1..K inside, K + 1 above or NaN."""
+    if len(pixels) >= _WORTH_A_TABLE and pixels.dtype in _SIXTEEN_BITS:
+        return partial(_look_up, table=_search(_patterns(edges).view(pixels.dtype), edges))
+    if len(pixels) >= _WORTH_A_TABLE and pixels.dtype == torch.float32:
+        low = _patterns(edges).to(torch.int32) << 16
+        first, last = (_search(ends.view(torch.float32), edges) for ends in (low, low | 0xFFFF))
+        return partial(_look_up_float32, table=first.where(first == last, -1), edges=edges)
+    return partial(_search, edges=edges)
 
 
-def _search(edges: Shaped[Tensor, "K+1"]) -> Callable[[Tensor], Int[Tensor, "P"]]:
-    """Bin 0 below all edges, 1..K inside, K + 1 above or NaN; the last edge itself belongs to bin K."""
-
-    def bin_of(pixels: Tensor) -> Tensor:
-        exact = pixels.to(torch.float64)
-        return torch.bucketize(exact, edges, right=True, out_int32=True).sub_((exact == edges[-1]).int())
-
-    return bin_of
+def _patterns(like: Tensor) -> Int[Tensor, "65536"]:
+    """All values of 16 bits, by their value as int16."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=like.device).to(torch.int16)
 
 
-def _lookup(dtype: torch.dtype, edges: Shaped[Tensor, "K+1"]) -> Callable[[Tensor], Int[Tensor, "P"]]:
-    """The same through a table of all 2^16 bit patterns."""
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=edges.device).to(torch.int16)
-    table = _search(edges)(patterns.view(dtype))
+def _search(pixels: Tensor, edges: Shaped[Tensor, "K+1"]) -> Int[Tensor, "P"]:
+    exact = pixels.to(torch.float64)
+    bins = torch.bucketize(exact, edges, right=True, out_int32=True)
+    return bins.sub_((exact == edges[-1]).int())  # the last edge itself belongs to bin K
 
-    def bin_of(pixels: Tensor) -> Tensor:
-        # torch indexes several times faster by int32 than by int64, and not at all by int16
-        return table.index_select(0, pixels.view(torch.int16).to(torch.int32).add_(1 << 15))
 
-    return bin_of
+def _look_up(pixels: Tensor, table: Int[Tensor, "65536"]) -> Int[Tensor, "P"]:
+    # torch indexes several times faster by int32 than by int64, and not at all by int16
+    return table.index_select(0, pixels.view(torch.int16).to(torch.int32).add_(1 << 15))
+
+
+def _look_up_float32(pixels: Tensor, table: Int[Tensor, "65536"], edges: Shaped[Tensor, "K+1"]) -> Int[Tensor, "P"]:
+    bins = table.index_select(0, (pixels.view(torch.int32) >> 16).add_(1 << 15))
+    open_ = (bins < 0).nonzero().squeeze(1)
+    return bins.index_copy_(0, open_, _search(pixels[open_], edges))
 
 
 def _narrowed(pixels: Shaped[Tensor, "P"]) -> Shaped[Tensor, "P"]:
     """Integers in 16 bits where their values allow it; everything else as it is."""
-    if pixels.is_floating_point() or pixels.dtype in _SIXTEEN_BITS or len(pixels) < _CHUNK:
+    if pixels.is_floating_point() or pixels.dtype in _SIXTEEN_BITS or len(pixels) < _WORTH_A_TABLE:
         return pixels
     if pixels.dtype in (torch.int8, torch.uint8):
         return pixels.to(torch.int16)
@@ -125,12 +137,13 @@ def _check(values: Tensor, labels: Tensor, edges: Tensor, num_zones: int, valid:
         raise ValueError("edges must increase strictly along every band")
     if num_zones < 0 or (num_zones + 1) * (edges.shape[1] + 1) >= 1 << 31:
         raise ValueError(f"num_zones must be at least 0 and num_zones x bins below 2^31, got {num_zones} zones")
-    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    low, high = (int(end) for end in labels.aminmax()) if labels.numel() else (0, 0)
     if low < 0 or high > num_zones:
         raise ValueError(f"labels must lie in 0..{num_zones} (0: no zone, i + 1: zone i), got {low}..{high}")
     if valid is not None and valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
     if valid is not None and valid.shape not in (values.shape, labels.shape):
         raise ValueError(
-            f"valid must be {tuple(values.shape)} or {tuple(labels.shape)}, as values or labels, got {tuple(valid.shape)}"
+            f"valid must be {tuple(values.shape)} or {tuple(labels.shape)}, like values or labels, "
+            f"got {tuple(valid.shape)}"
         )
