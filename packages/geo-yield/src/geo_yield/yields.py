@@ -433,7 +433,7 @@ def _by_crop_and_unit(table: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd
 
 
 def convert_yields(table: pd.DataFrame, unit: str) -> pd.DataFrame:
-    """The same table in `unit`, by each row's crop and present unit. Raises InputProblem for an unknown unit or bushel."""
+    """The same table in `unit`, by each row's crop and present unit. Raises InputProblem for an unknown one."""
     target = unit_name(unit)
     if target is None:
         raise InputProblem(f"no unit '{unit}'")
