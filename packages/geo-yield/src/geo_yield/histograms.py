@@ -46,6 +46,8 @@ class HistogramLayout:
     mask: str = "none"
     """Which pixels of a region counted, e.g. "mcd12q1:12" (cropland)."""
     axes: str = "band,time,bin"
+    pixel_size: float | None = None
+    """Side in metres of the pixels that were counted; None where the sensor leaves no choice."""
 
     def __post_init__(self) -> None:
         if len(self.edges) != len(self.bands):
