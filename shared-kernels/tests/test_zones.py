@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from shared_kernels import zonal_histogram
-from shared_kernels.zones import _WORTH_A_TABLE
+from shared_kernels.zones import _CHUNK, _WORTH_A_TABLE
 
 SMALL, LARGE = (2, 13, 17), (2, 201, 233)  # below and above the number of pixels from which bins are looked up
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64)
@@ -117,6 +117,14 @@ def test_infinite_edges_leave_nothing_out_but_nan():
         counts = ours(values, labels, edges, 8)
         assert counts.sum() == (~np.isnan(values))[:, labels > 0].sum()
         assert np.array_equal(counts, by_masks(values, labels, edges, 8))
+
+
+def test_a_tile_of_several_chunks():
+    shape = (1, 601, 911)
+    assert shape[1] * shape[2] > 2 * _CHUNK
+    values, labels, valid = raster(np.int16, shape), regions(shape), np.random.default_rng(6).random(shape) < 0.7
+    truth = by_masks(values, labels, EDGES[:1], 8, valid)
+    assert np.array_equal(ours(values, labels, EDGES[:1], 8, valid), truth)
 
 
 def test_order_of_pixels_is_irrelevant():
