@@ -233,10 +233,10 @@ class _Crop:
 
 
 def _strength(spell: HotSpell, day: np.ndarray, shape: tuple[int, int]) -> Float32[np.ndarray, "D H W"]:
-    """0..1: how far the spell is on at each day and place; half as strong half the longer side of the region away."""
+    """0..1: how far the spell is on at each day and place; half as strong 0.4 of the longer side away."""
     row, column = np.ogrid[0 : shape[0], 0 : shape[1]]
     distance2 = (row - spell.centre[0] * shape[0]) ** 2 + (column - spell.centre[1] * shape[1]) ** 2
-    place = 2.0 ** (-distance2 / (0.55 * max(shape)) ** 2)
+    place = 2.0 ** (-distance2 / (0.40 * max(shape)) ** 2)
     time = np.exp(-(((day - spell.peak_day) / spell.spread_days) ** 2))
     return (time[:, None, None] * place).astype(np.float32)
 

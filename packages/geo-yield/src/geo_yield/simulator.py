@@ -8,7 +8,7 @@ Weather, crop and yields come from `geo_yield.crop_model`; every pixel of cropla
 the mean of its cropland plus survey noise. Pixels then show the crop as a satellite would see it: each band a mixture
 of leaves, dry leaves and soil (darker when wet), the surface the warmer the less it transpires, with haze, clouds (most
 of them flagged), snow, gaps and noise on top.
-Decided here: the region is only some 85 km wide, yet its weather varies within as it would over a state, since a map
+Decided here: the region is only some 50 km wide, yet its weather varies within as it would over a state, since a map
 with one colour would show nothing. All cropland grows one crop. Two hot spells: a moderate one among the earlier
 seasons of imagery and a stronger one, elsewhere in the region, in the last season.
 
@@ -73,16 +73,16 @@ class SimulationConfig:
     """Rows and columns of counties."""
     height: int = 96
     """Rows of 500 m pixels of both windows, even."""
-    widths: tuple[int, int] = (84, 100)
+    widths: tuple[int, int] = (92, 116)
     """Columns of the window in tile h10v04 and of the one in h11v04, even."""
     crop: str = "soybean"
     trend: float = 0.35
     """Technology: bu/acre gained per year."""
     yield_noise: float = 0.035
     """Standard deviation of a county's surveyed yield around the true one, as a share of it."""
-    moderate_spell: tuple[float, float] = (2.6, 0.45)
+    moderate_spell: tuple[float, float] = (3.0, 0.55)
     """Warming (K) and share of rain lost in the fourth season, strongest in the north-west."""
-    strong_spell: tuple[float, float] = (4.6, 0.70)
+    strong_spell: tuple[float, float] = (4.0, 0.65)
     """The same in the last season, strongest in the south-east."""
     constants: CropConstants = field(default_factory=CropConstants)
 
@@ -215,28 +215,33 @@ class _World:
 
     @cached_property
     def counties(self) -> geopandas.GeoDataFrame:
-        """Counties with crooked borders: small Voronoi cells, each given to the nearest seat of a county."""
+        """Counties with crooked borders: small Voronoi cells, each given to the nearest seat of a county.
+
+        They fill the upright rectangle that fits into the windows, which lean: meridians are slanted on this sphere.
+        """
         rng, (rows, columns) = self.random("counties"), self.config.county_grid
-        inset = 1.5 * PIXEL_SIZE
-        left, bottom, right, top = self.bounds
-        box = shapely.box(left + inset, bottom + inset, right - inset, top - inset)
+        frame = _upright(self.bounds)
+        west, south, east, north = frame.bounds
         row, column = (index.ravel() for index in np.mgrid[0:rows, 0:columns])
         place = np.stack([column + rng.uniform(0.2, 0.8, len(column)), row + rng.uniform(0.2, 0.8, len(row))], axis=1)
-        seats = np.array([left, top]) + place / [columns, rows] * [right - left, bottom - top]
-        spots = rng.uniform([left, bottom], [right, top], (12 * len(seats), 2))
-        cells = shapely.get_parts(shapely.voronoi_polygons(shapely.multipoints(spots), extend_to=box))
+        stretch = np.array([(east - west) / columns, (north - south) / rows])  # one county
+        spots = rng.uniform((0, 0), (columns, rows), (12 * len(row), 2))
+        cells = shapely.get_parts(shapely.voronoi_polygons(shapely.multipoints(spots)))
         centres = shapely.get_coordinates(shapely.centroid(cells))
-        owner = np.argmin(((centres[:, None, :] - seats) ** 2).sum(axis=2), axis=1)
-        owned = [(seat, cells[owner == seat]) for seat in range(len(seats)) if np.any(owner == seat)]
-        frame = geopandas.GeoDataFrame(
+        owner = np.argmin(((centres[:, None, :] - place) ** 2).sum(axis=2), axis=1)
+        owner[
+            np.any((centres < 0.12) | (centres > np.array([columns, rows]) - 0.12), axis=1)
+        ] = -1  # crooked outside, too
+        owned = [(seat, shapely.union_all(cells[owner == seat])) for seat in range(len(row)) if np.any(owner == seat)]
+        shapes = [shapely.transform(shape, lambda xy: xy * stretch + [west, south]) for _, shape in owned]
+        return geopandas.GeoDataFrame(
             {
                 "region_id": [f"03{2 * seat + 1:03d}" for seat, _ in owned],  # no state has FIPS code 03
                 "name": [f"Simulated county {seat + 1}" for seat, _ in owned],
             },
-            geometry=[shapely.intersection(shapely.union_all(parts), box) for _, parts in owned],
-            crs=SINUSOIDAL,
+            geometry=[shapely.intersection(shape, frame) for shape in shapes],
+            crs=4326,
         )
-        return frame.to_crs(4326)
 
     @cached_property
     def labels(self) -> Int32[np.ndarray, "H W"]:
@@ -256,6 +261,15 @@ class _World:
             _WEST: _TileWriter(_WEST, slice(0, west), (corner, top)),
             _EAST: _TileWriter(_EAST, slice(west, west + east), (border, top)),
         }
+
+
+def _upright(bounds: tuple[float, float, float, float]) -> shapely.Polygon:
+    """The largest rectangle in degrees that lies inside sinusoidal bounds, 1.5 pixels away from them."""
+    west, south, east, north = np.array(bounds) + 1.5 * PIXEL_SIZE * np.array([1, 1, -1, -1])
+    lat_south, lat_north = south / SPHERE_RADIUS, north / SPHERE_RADIUS
+    # west of the central meridian lines of equal easting drift west going north
+    lon_west, lon_east = west / (SPHERE_RADIUS * np.cos(lat_south)), east / (SPHERE_RADIUS * np.cos(lat_north))
+    return shapely.box(*np.degrees([lon_west, lat_south, lon_east, lat_north]))
 
 
 def _transform(left: float, top: float, coarse: int = 1) -> Affine:
