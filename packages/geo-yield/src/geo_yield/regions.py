@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 def read_regions(path: Path, *, id_column: str | None = None, layer: str | None = None) -> geopandas.GeoDataFrame:
     """Polygons with columns `region_id` (text, leading zeros kept) and `geometry`, in file order and the file's CRS.
 
-    Reads GeoPackage, GeoJSON, Shapefile (also zipped), GeoParquet, and CSV with KML text (degrees) in a column `geometry`,
-    of which rows without an id are left out and logged. FIPS codes that lost their zero are padded to five digits.
-    `id_column` may be left out where one of `ID_COLUMNS` exists. Invalid polygons are repaired and logged.
-    Raises InputProblem if the file is missing or unreadable, has no CRS, no id column, an empty or repeated id, a region
-    without an area, or a polygon that crosses the antimeridian.
+    Reads GeoPackage, GeoJSON, Shapefile (also zipped), GeoParquet, and CSV with KML text (degrees) in a column
+    `geometry`, of which rows without an id are left out and logged. FIPS codes that lost their zero are padded to five
+    digits. `id_column` may be left out where one of `ID_COLUMNS` exists. Invalid polygons are repaired and logged.
+    Raises InputProblem if the file is missing or unreadable, has no CRS, no id column, an empty or repeated id, a
+    region without an area, or a polygon that crosses the antimeridian.
     """
     path = Path(path)
     if not path.exists():
@@ -193,7 +193,7 @@ def _refuse_repeated(ids: pd.Series, path: Path) -> None:
     repeated = ids[ids.duplicated()].unique()
     if len(repeated):
         raise InputProblem(
-            f"'{path}' has {len(repeated)} ids more than once, e.g. '{repeated[0]}'. Merge the parts, or make ids unique"
+            f"'{path}' has {len(repeated)} ids more than once, e.g. '{repeated[0]}'. Merge their parts or rename"
         )
 
 
