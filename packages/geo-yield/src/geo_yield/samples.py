@@ -52,6 +52,8 @@ class Samples:
     crop: str
     district: Shaped[np.ndarray, "N"] | None = None
     """Agricultural district of the row, for spatial folds that keep neighbours together."""
+    past: str = ""
+    """Which yields `history` and `trend` were made of: "previous-years" or "before-first-season"; "" if not said."""
 
     def __post_init__(self) -> None:
         for name in ("target", "history", "trend"):
@@ -77,6 +79,7 @@ class Samples:
             unit=self.unit,
             crop=self.crop,
             district=None if self.district is None else self.district[rows],
+            past=self.past,
             **changed,
         )
 
