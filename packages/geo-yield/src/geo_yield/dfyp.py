@@ -83,10 +83,12 @@ class DFYPConfig:
     """Operator of years that `operator_by_year` does not name, and of calls without years."""
     operator_by_year: Mapping[int, Operator] | tuple[tuple[int, Operator], ...] = ()
     """Year to operator; kept as pairs sorted by year, so that configs compare and hash."""
+    operator_after: Operator | None = None
+    """Operator of years after the last one in `operator_by_year`, e.g. of seasons to come; None: `operator`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operator_by_year", tuple(sorted(dict(self.operator_by_year).items())))
-        for operator in (self.operator, *dict(self.operator_by_year).values()):
+        for operator in (self.operator, self.operator_after or self.operator, *dict(self.operator_by_year).values()):
             if operator not in OPERATORS:
                 raise InputProblem(f"operator must be one of {', '.join(OPERATORS)}, got '{operator}'")
         for name in ("bands", "steps", "bins", "outputs", "rca_reduction", "cnn_width", "cnn_dense", "patch"):
@@ -118,7 +120,14 @@ class DFYPConfig:
 
     def with_operators(self, operator: Operator, by_year: Mapping[int, Operator] | None = None) -> "DFYPConfig":
         """The same network with other operators."""
-        return replace(self, operator=operator, operator_by_year=tuple((by_year or {}).items()))
+        return replace(self, operator=operator, operator_by_year=tuple((by_year or {}).items()), operator_after=None)
+
+    def operator_of(self, year: int) -> Operator:
+        """The operator that a row of `year` takes."""
+        by_year = dict(self.operator_by_year)
+        if by_year and self.operator_after and year > max(by_year):
+            return self.operator_after
+        return by_year.get(year, self.operator)
 
 
 def learnable_stencil(
@@ -167,10 +176,9 @@ class OperatorLayer(nn.Module):
     sobel: Tensor
     scharr: Tensor
 
-    def __init__(self, operator: Operator, operator_by_year: Mapping[int, Operator]) -> None:
+    def __init__(self, config: DFYPConfig) -> None:
         super().__init__()
-        self.operator = operator
-        self.operator_by_year = dict(operator_by_year)
+        self.config = config
         self.weight = nn.Parameter(torch.tensor(0.5))
         self.alpha = nn.Parameter(torch.tensor(0.5))
         self.scale = nn.Parameter(torch.tensor(0.1))
@@ -180,7 +188,7 @@ class OperatorLayer(nn.Module):
     def forward(self, x: Float[Tensor, "B C T K"], year: Int[Tensor, "B"] | None = None) -> Float[Tensor, "B C T K"]:
         rows = self.route(len(x), year)
         if len(rows) <= 1:
-            return self.apply_operator(next(iter(rows), self.operator), x)
+            return self.apply_operator(next(iter(rows), self.config.operator), x)
         order = torch.cat([torch.as_tensor(of, device=x.device) for of in rows.values()])
         parts = x.index_select(0, order).split([len(of) for of in rows.values()])
         mixed = torch.cat([self.apply_operator(name, part) for name, part in zip(rows, parts, strict=True)])
@@ -189,12 +197,12 @@ class OperatorLayer(nn.Module):
     def route(self, batch: int, year: Int[Tensor, "B"] | None) -> dict[Operator, list[int]]:
         """Operator to the rows that take it; only operators that some row takes. Raises ValueError on a wrong count."""
         if year is None:
-            return {self.operator: list(range(batch))}
+            return {self.config.operator: list(range(batch))}
         if year.shape != (batch,):
             raise ValueError(f"year must have one entry for each of {batch} images, got shape {tuple(year.shape)}")
         rows: dict[Operator, list[int]] = {}
         for row, value in enumerate(year.tolist()):
-            rows.setdefault(self.operator_by_year.get(value, self.operator), []).append(row)
+            rows.setdefault(self.config.operator_of(value), []).append(row)
         return rows
 
     def apply_operator(self, name: Operator, x: Float[Tensor, "B C T K"]) -> Float[Tensor, "B C T K"]:
@@ -234,7 +242,7 @@ class CNN(nn.Module):
         super().__init__()
         widths = [config.bands, *(config.cnn_width * factor for factor in (1, 2, 2, 4, 4, 4))]
         strides = (1, 2, 1, 2, 1, 2)
-        self.operators = OperatorLayer(config.operator, dict(config.operator_by_year))
+        self.operators = OperatorLayer(config)
         self.blocks = nn.ModuleList(
             ConvBlock(before, after, stride=stride, dropout=config.cnn_dropout)
             for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True)
