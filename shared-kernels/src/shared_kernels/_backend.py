@@ -1,0 +1,73 @@
+"""Which implementation of an op runs: the one of the tensor's device, or the one that `backend` forces for a while.
+
+The reference is not looked up here: it is plain differentiable torch and runs in place of the registered op, so an op's
+face asks for `forced == "reference"` itself. `cpu` and `triton` are looked up below the registered boundary, at run time,
+so a compiled graph obeys `backend` too.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, get_args
+
+from torch import Tensor
+
+Backend = Literal["reference", "cpu", "triton"]
+
+# the one piece of state: set and restored by `backend`, for the whole process
+forced: Backend | None = None
+
+_OF_DEVICE: dict[str, Backend] = {"cpu": "cpu", "cuda": "triton"}  # ROCm devices are called "cuda" too
+
+
+class Implementation(Protocol):
+    """What `cpu.py` and `triton.py` of every op offer; arguments are those of the registered ops."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@contextlib.contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Force one implementation of every op inside a `with`: for tests, and for people hunting a bug.
+
+    "reference" is the definition in plain torch, "cpu" the fast torch code, "triton" the GPU kernels. On CPU tensors
+    "triton" runs the kernels in Triton's interpreter: exact in float32 and very slow. The setting holds for the whole
+    process, all threads; a backward pass that runs after the `with` chooses anew. Raises ValueError on another name.
+    """
+    global forced
+    if name not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    before = forced
+    forced = name
+    try:
+        yield
+    finally:
+        forced = before
+
+
+def implementation(op: str, tensor: Tensor) -> Implementation:
+    """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: Triton is touched by nobody who does not need it."""
+    name = forced or _OF_DEVICE[tensor.device.type]
+    module = importlib.import_module(f"shared_kernels.{op}.{name}")
+    if name == "triton" and tensor.device.type == "cpu":
+        return _Interpreted(module)
+    return module
+
+
+class _Interpreted:
+    """A triton implementation whose calls run in the interpreter."""
+
+    def __init__(self, module: Any) -> None:
+        self.forward = _within_interpreter(module.forward)
+        self.backward = _within_interpreter(module.backward)
+
+
+def _within_interpreter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from shared_kernels.triton_interpreter import interpreted
+
+        with interpreted():
+            return function(*args)
+
+    return call

@@ -1,0 +1,151 @@
+"""stencil_blend: the magnitude of two 3x3 correlations, blended with the image, in one pass.
+
+The operator layer of DFYP (Zhang et al., "DFYP: A Dynamic Fusion Framework with Spectral Channel Attention and Adaptive
+Operator Learning for Crop Yield Prediction", arXiv:2507.05849, section on AOL-Net); with Sobel kernels and weight 1 it
+is the usual edge map. Composed from torch it costs about seven passes over memory and two depthwise convolutions.
+
+Decided here: the registered op knows `edge * magnitude + keep * x` only, with edge = weight * gain and keep =
+1 - weight; weight, gain and luma are a few scalar or elementwise torch operations around it. Everything is computed in
+float32 at least, also under autocast.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from shared_kernels import _backend
+from shared_kernels.stencil_blend import reference
+
+NAME = "stencil_blend"
+_FLOPS_OF_CORRELATIONS = 2 * 2 * 9  # two kernels, a multiplication and an addition for each of nine taps
+
+
+@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(x: Tensor, kernel_x: Tensor, kernel_y: Tensor, edge: Tensor, keep: Tensor, eps: float) -> Tensor:
+    return _backend.implementation(NAME, x).forward(x, kernel_x, kernel_y, edge, keep, eps)
+
+
+@_forward.register_fake
+def _(x: Tensor, kernel_x: Tensor, kernel_y: Tensor, edge: Tensor, keep: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    d_out: Tensor,
+    x: Tensor,
+    kernel_x: Tensor,
+    kernel_y: Tensor,
+    edge: Tensor,
+    keep: Tensor,
+    eps: float,
+    kernels_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = _backend.implementation(NAME, x).backward
+    return run(d_out, x, kernel_x, kernel_y, edge, keep, eps, kernels_too)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    x: Tensor,
+    kernel_x: Tensor,
+    kernel_y: Tensor,
+    edge: Tensor,
+    keep: Tensor,
+    eps: float,
+    kernels_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *(t.new_empty(t.shape) for t in (kernel_x, kernel_y, edge, keep))  # type: ignore[return-value]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, d_out):  # type: ignore[no-untyped-def]
+    kernels_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # fixed kernels spare 18 sums over the image
+    return *_backward(d_out, *ctx.saved_tensors, ctx.eps, kernels_too), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.shared_kernels.stencil_blend)
+def _flops(x_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
+    return _FLOPS_OF_CORRELATIONS * torch.Size(x_shape).numel()
+
+
+@register_flop_formula(torch.ops.shared_kernels.stencil_blend_backward)
+def _backward_flops(d_shape, x_shape, kx, ky, edge, keep, eps, kernels_too, **_) -> int:  # type: ignore[no-untyped-def]
+    # the forward correlations again, their transposes, and the kernels' gradients
+    return (3 if kernels_too else 2) * _FLOPS_OF_CORRELATIONS * torch.Size(x_shape).numel()
+
+
+def stencil_blend(
+    x: Float[Tensor, "N C H W"],
+    kernel_x: Float[Tensor, "3 3"],
+    kernel_y: Float[Tensor, "3 3"],
+    weight: Float[Tensor, ""],
+    *,
+    gain: Float[Tensor, ""] | None = None,
+    eps: float = 1e-8,
+    luma: Float[Tensor, "C"] | None = None,
+) -> Float[Tensor, "N C H W"]:
+    """weight * gain * m + (1 - weight) * x,  with  m = sqrt((kernel_x * x)^2 + (kernel_y * x)^2 + eps).
+
+    `*` inside m is cross-correlation of every plane with the same 3x3 kernel, zeros outside the image. With `luma`, m
+    is one map per image, that of  sum_c luma_c x_c  (Sentinel-2 form of DFYP: 0.299, 0.587, 0.114), blended into every
+    channel. Differentiable once in x, kernel_x, kernel_y, weight, gain and luma.
+
+    x may be of any floating dtype and any strides; the output is contiguous and of x's dtype, computed in float32 at
+    least. The small tensors may have another floating dtype but must be on x's device. On a CPU the values of the
+    kernels are read: zeros cost nothing, and separable kernels (Sobel, Scharr and their blends) cost half. A zero times
+    an infinity is therefore not promised to be NaN.
+
+    Raises TypeError on what is not a floating-point tensor, ValueError on other shapes, mixed devices or eps <= 0.
+    """
+    _check_arguments(x, kernel_x, kernel_y, weight, gain, eps, luma)
+    if _backend.forced == "reference":
+        return reference.stencil_blend(x, kernel_x, kernel_y, weight, gain=gain, eps=eps, luma=luma)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    kernel_x, kernel_y, weight = kernel_x.to(acc), kernel_y.to(acc), weight.to(acc)
+    edge = weight if gain is None else weight * gain.to(acc)
+    if luma is None:
+        return _forward(x, kernel_x, kernel_y, edge, 1 - weight, eps)
+    wide = x.to(acc)
+    plane = (luma.to(acc)[:, None, None] * wide).sum(1, keepdim=True)
+    magnitude = _forward(plane, kernel_x, kernel_y, edge, torch.zeros_like(edge), eps)
+    return torch.addcmul(magnitude, wide, 1 - weight).to(x.dtype)
+
+
+def _check_arguments(
+    x: Tensor,
+    kernel_x: Tensor,
+    kernel_y: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    luma: Tensor | None,
+) -> None:
+    given = {"x": x, "kernel_x": kernel_x, "kernel_y": kernel_y, "weight": weight}
+    given |= {name: t for name, t in (("gain", gain), ("luma", luma)) if t is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W), got {tuple(x.shape)}")
+    shapes = {"kernel_x": (3, 3), "kernel_y": (3, 3), "weight": (), "gain": (), "luma": (x.shape[1],)}
+    for name, tensor in given.items():
+        if name != "x" and tensor.shape != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
+    if not eps > 0:
+        raise ValueError(
+            f"eps must be positive, got {eps}: the magnitude has no gradient where both correlations are 0"
+        )

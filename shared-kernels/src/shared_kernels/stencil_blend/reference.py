@@ -1,0 +1,34 @@
+"""The definition of stencil_blend in plain torch; the oracle of its tests."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def correlate(x: Tensor, kernel: Tensor) -> Tensor:
+    """Cross-correlation of every plane of x (N, C, H, W) with one 3x3 kernel, zeros outside."""
+    H, W = x.shape[-2:]
+    padded = pad(x, (1, 1, 1, 1))
+    shifted = [kernel[i, j] * padded[..., i : i + H, j : j + W] for i in range(3) for j in range(3)]
+    return torch.stack(shifted).sum(0)
+
+
+def stencil_blend(
+    x: Tensor,
+    kernel_x: Tensor,
+    kernel_y: Tensor,
+    weight: Tensor,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 1e-8,
+    luma: Tensor | None = None,
+) -> Tensor:
+    """See `shared_kernels.stencil_blend`."""
+    acc = torch.promote_types(x.dtype, torch.float32)  # float64 stays float64, or gradcheck would mean nothing
+    wide = x.to(acc)
+    source = wide if luma is None else (luma.to(acc)[:, None, None] * wide).sum(1, keepdim=True)
+    g_x, g_y = correlate(source, kernel_x.to(acc)), correlate(source, kernel_y.to(acc))
+    magnitude = torch.sqrt(g_x**2 + g_y**2 + eps)
+    if gain is not None:
+        magnitude = gain.to(acc) * magnitude
+    return (weight.to(acc) * magnitude + (1 - weight.to(acc)) * wide).to(x.dtype)
