@@ -303,10 +303,10 @@ def _paired_errors(
 
 
 def describe(regressor: Regressor) -> str:
-    """A text that changes when the settings of an unfitted regressor change; memory addresses are left out."""
-    settings = getattr(regressor, "__dict__", {})
-    text = f"{type(regressor).__qualname__} {regressor.name} {sorted((k, repr(v)) for k, v in settings.items())}"
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
+    """A text that changes when the settings of an unfitted regressor change; callbacks and folders are no settings."""
+    settings = sorted(getattr(regressor, "__dict__", {}).items())
+    kept = [(name, repr(value)) for name, value in settings if not callable(value) and not isinstance(value, Path)]
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(regressor).__qualname__} {regressor.name} {kept}")
 
 
 def _fingerprint(samples: Samples, fold: Fold, settings: tuple[object, ...]) -> str:
