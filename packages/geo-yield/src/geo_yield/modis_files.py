@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,9 @@ def _stacked(product: str, name: str, pieces: tuple[Path, ...], first_year: int)
 
 def _open(path: Path) -> rasterio.DatasetReader:
     try:
-        return rasterio.open(path)
+        # GDAL would list the folder at each opening, and folders of layers are long
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
+            return rasterio.open(path)
     except RasterioError as problem:
         raise InputProblem(f"'{path}' is damaged or no GeoTIFF: {str(problem).splitlines()[0]}") from None
 
@@ -265,8 +268,12 @@ def _geotiff_grid(file: rasterio.DatasetReader) -> Grid:
         raise InputProblem(f"'{file.name}' has no coordinate system (CRS), so its pixels have no place")
     if file.transform.b or file.transform.d or file.transform.is_identity:
         raise InputProblem(f"'{file.name}' has no upright georeference (transform {tuple(file.transform)[:6]})")
-    crs = CRS.from_wkt(file.crs.to_wkt())
-    return Grid(crs=crs, transform=file.transform, height=file.height, width=file.width)
+    return Grid(crs=_crs(file.crs.to_wkt()), transform=file.transform, height=file.height, width=file.width)
+
+
+@lru_cache(maxsize=32)
+def _crs(wkt: str) -> CRS:
+    return CRS.from_wkt(wkt)
 
 
 def _mosaic_grid(paths: tuple[Path, ...]) -> Grid:
@@ -302,26 +309,30 @@ def _offset(origin: Affine, other: Affine) -> tuple[float, float]:
 
 
 def _read_geotiff(source: LayerSource, layer: str) -> Layer:
-    grid = _mosaic_grid(source.paths)
+    parts = [_read_piece(path, source, layer) for path in source.paths]
+    if len(parts) == 1:
+        return parts[0]
+    grid = _union([part.grid for part in parts], source.paths)
     missing = np.ones((grid.height, grid.width), dtype=bool)
-    pixels = np.zeros(missing.shape, dtype=np.uint8)
-    for path in source.paths:
-        with _open(path) as file:
-            if source.band > file.count:
-                raise InputProblem(f"'{path}' has {file.count} bands, and band {source.band} is needed")
-            try:
-                part = file.read(source.band)
-            except RasterioError as problem:
-                raise InputProblem(f"'{path}' is damaged: {str(problem).splitlines()[0]}") from None
-            _refuse_floats(part, path)
-            fills = {fill_of(layer), source.fill, file.nodata}
-            row, column = (round(steps) for steps in _offset(grid.transform, file.transform))
-        place = slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
-        if pixels.dtype != part.dtype:
-            pixels = pixels.astype(part.dtype)
-        pixels[place] = part
-        missing[place] = _is_any(part, fills)
+    pixels = np.zeros(missing.shape, dtype=parts[0].pixels.dtype)
+    for part in parts:
+        row, column = (round(steps) for steps in _offset(grid.transform, part.grid.transform))
+        place = slice(row, row + part.grid.height), slice(column, column + part.grid.width)
+        pixels[place], missing[place] = part.pixels, part.missing
     return Layer(pixels=pixels, missing=missing, grid=grid)
+
+
+def _read_piece(path: Path, source: LayerSource, layer: str) -> Layer:
+    with _open(path) as file:
+        if source.band > file.count:
+            raise InputProblem(f"'{path}' has {file.count} bands, and band {source.band} is needed")
+        grid, nodata = _geotiff_grid(file), file.nodata
+        try:
+            pixels = file.read(source.band)
+        except RasterioError as problem:
+            raise InputProblem(f"'{path}' is damaged: {str(problem).splitlines()[0]}") from None
+    _refuse_floats(pixels, path)
+    return Layer(pixels=pixels, missing=_is_any(pixels, {fill_of(layer), source.fill, nodata}), grid=grid)
 
 
 def fill_of(layer: str) -> int | None:
