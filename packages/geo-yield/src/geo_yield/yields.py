@@ -362,18 +362,8 @@ def _settle_values(raw: pd.DataFrame, path: Path, zeros: str, left_out: dict[str
     raw = raw[~empty & ~withheld]
     numbers = [_to_number(cell) for cell in raw["yield"]]
     for i, number in enumerate(numbers):
-        row = raw.iloc[i]
-        if number is None:
-            raise InputProblem(f"'{path}': yield '{row['yield']}' of region '{row['region_id']}' is not a number")
-        if number < 0:
-            raise InputProblem(
-                f"'{path}': yield {number:g} of region '{row['region_id']}' in {row['year']} is negative"
-            )
-        if number == 0 and zeros == "refuse":
-            raise InputProblem(
-                f"'{path}': yield 0 of region '{row['region_id']}' in {row['year']}: zero mostly stands for missing. "
-                "Leave such cells empty, or pass zeros='missing' (drop them) or zeros='keep'"
-            )
+        if number is None or number < 0 or (number == 0 and zeros == "refuse"):
+            raise InputProblem(f"'{path}': {_wrong_yield(number, raw.iloc[i])}")
     if (raw["region_id"] == "").any():
         raise InputProblem(f"'{path}' has a yield without a region id")
     table = raw.assign(year=read_years(raw["year"], path), **{"yield": np.array(numbers, dtype=np.float64)})
@@ -383,6 +373,18 @@ def _settle_values(raw: pd.DataFrame, path: Path, zeros: str, left_out: dict[str
     if table.empty:
         raise InputProblem(f"'{path}' has no yield left after dropping {left_out}")
     return table.reset_index(drop=True)
+
+
+def _wrong_yield(number: float | None, row: pd.Series) -> str:
+    where = f"of region '{row['region_id']}' in {row['year']}"
+    if number is None:
+        return f"yield '{row['yield']}' {where} is not a number"
+    if number < 0:
+        return f"yield {number:g} {where} is negative"
+    return (
+        f"yield 0 {where}: zero mostly stands for missing. "
+        "Leave such cells empty, or pass zeros='missing' (drop them) or zeros='keep'"
+    )
 
 
 def refuse_implausible(table: pd.DataFrame, given: str) -> None:
