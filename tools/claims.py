@@ -17,7 +17,9 @@ and, where it has something to say,
 
 Rivals are measured in one process, taking turns, so that a slow minute of the machine hits all of them; what is kept is
 each one's median. On a CPU with one thread the clock counts seconds of the processor, which neighbours do not disturb;
-with more threads it is the wall clock, on a GPU `triton.testing.do_bench`.
+with more threads it is the wall clock, on a GPU `triton.testing.do_bench`. Before the clock the C allocator is brought
+into the state of a process at work: it then keeps blocks up to 32 MiB instead of asking the system for them anew, which
+in a fresh process trebles the time of whatever makes many temporaries, a rival composed from torch most of all.
 
 Needs torch alone, so that a bare GPU machine can run it.
 """
@@ -126,6 +128,9 @@ def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int 
     threads = torch.get_num_threads()
     torch.set_num_threads(claim.threads)
     try:
+        torch.empty(
+            31 << 20, dtype=torch.uint8
+        )  # freed at once: the allocator's threshold follows the largest block freed
         torch.manual_seed(0)
         with torch.device(device):
             inputs = module.make(**point)

@@ -100,6 +100,20 @@ def test_edges_between_neighbouring_values(dtype):
     assert ours(values, labels, edges, 1).tolist() == [[[20_000, 20_000]]]
 
 
+@pytest.mark.parametrize("edges", [[-1e300, -2, -1.0625, 0, 1, 1 + 2**-20, 1 + 2**-19, 3e38], [-1e-44, 1e-45, 2e-45]])
+def test_float32_at_the_seams_of_its_bits(edges):
+    """Where the upper 16 bits change, several edges among values that share them, subnormals, every kind of NaN."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    seams = np.concatenate([upper, upper | 1, upper | 0xFFFF, upper | 8]).view(np.float32)
+    with np.errstate(over="ignore"):
+        near = np.array(edges).astype(np.float32)
+    around = near.view(np.int32)[:, None] + np.arange(-4, 5)
+    values = np.concatenate([seams, around.astype(np.int32).view(np.float32).ravel()])[None, None]
+    counts = ours(values, np.ones(values.shape[1:], np.int32), np.array([edges]), 1)
+    assert counts.tolist() == [[np.histogram(values.astype(np.float64), bins=edges)[0].tolist()]]
+    assert counts.all()
+
+
 @pytest.mark.parametrize("shape", [SMALL, SMALL[1:]], ids=["per band", "all bands"])
 def test_a_mask_takes_pixels_away(shape):
     values, labels = raster(np.int16, SMALL), regions(SMALL)

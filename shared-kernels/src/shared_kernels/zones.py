@@ -8,8 +8,8 @@ The bins are those of `numpy.histogram` with explicit edges: [e0, e1), [e1, e2),
   zones; a mask per zone would read the tile once for each.
 - A dtype of 16 bits has 65,536 values: their bins are found once per band and looked up, over ten times faster than
   searching the edges for each pixel. Wider integers that hold only such values (DN kept as int64) are narrowed first.
-- The upper 16 bits of a float32 settle its bin too, unless an edge lies among the values that share them; only those
-  pixels are searched.
+- The upper 16 bits of a float32 settle its bin too, up to the edges that lie among the values that share them: rarely
+  more than one, so a lookup and a comparison or two do.
 - Pixels pass through in chunks that stay in the cache. Sorting the pixels of a grid by zone beforehand was not worth an
   object to carry around: finding the zone's counter is a fifth of the time.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Int, Int64, Shaped
+from jaxtyping import Bool, Float32, Int, Int64, Shaped
 from torch import Tensor
 
 _CHUNK = 1 << 18
@@ -80,10 +80,14 @@ def _bin_finder(pixels: Shaped[Tensor, "P"], edges: Shaped[Tensor, "K+1"]) -> Ca
     """Pixels to bins: 0 below all edges, 1..K inside, K + 1 above or NaN."""
     if len(pixels) >= _WORTH_A_TABLE and pixels.dtype in _SIXTEEN_BITS:
         return partial(_look_up, table=_search(_patterns(edges).view(pixels.dtype), edges))
-    if len(pixels) >= _WORTH_A_TABLE and pixels.dtype == torch.float32:
+    if len(pixels) >= _WORTH_A_TABLE and pixels.dtype == torch.float32 and bool(edges.isfinite().all()):
         low = _patterns(edges).to(torch.int32) << 16
-        first, last = (_search(ends.view(torch.float32), edges) for ends in (low, low | 0xFFFF))
-        return partial(_look_up_float32, table=first.where(first == last, -1), edges=edges)
+        ends = torch.stack([low, low | 0xFFFF]).view(torch.float32)
+        first, last = _search(ends, edges)
+        last = torch.where(ends[1].isnan(), first, last)  # infinity shares its bits with some NaN, and both lie outside
+        steps = int((last - first).abs().max())
+        table = torch.minimum(first, last)
+        return partial(_look_up_float32, table=table, thresholds=_thresholds(edges), steps=steps)
     return partial(_search, edges=edges)
 
 
@@ -103,10 +107,22 @@ def _look_up(pixels: Tensor, table: Int[Tensor, "65536"]) -> Int[Tensor, "P"]:
     return table.index_select(0, pixels.view(torch.int16).to(torch.int32).add_(1 << 15))
 
 
-def _look_up_float32(pixels: Tensor, table: Int[Tensor, "65536"], edges: Shaped[Tensor, "K+1"]) -> Int[Tensor, "P"]:
+def _look_up_float32(
+    pixels: Tensor, table: Int[Tensor, "65536"], thresholds: Float32[Tensor, "K+2"], steps: int
+) -> Int[Tensor, "P"]:
     bins = table.index_select(0, (pixels.view(torch.int32) >> 16).add_(1 << 15))
-    open_ = (bins < 0).nonzero().squeeze(1)
-    return bins.index_copy_(0, open_, _search(pixels[open_], edges))
+    for _ in range(steps):
+        bins.add_((pixels >= thresholds.index_select(0, bins)).int())
+    return bins
+
+
+def _thresholds(edges: Shaped[Tensor, "K+1"]) -> Float32[Tensor, "K+2"]:
+    """What leads from each bin to the next: the least float32 of bins 1, 2, ..., K + 1, then NaN, which none passes."""
+    near = edges.to(torch.float32)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    least = torch.where(near.to(torch.float64) < edges, above, near)
+    least[-1] = near[-1] if near[-1].to(torch.float64) > edges[-1] else above[-1]  # the last edge is still in bin K
+    return torch.cat([least, least.new_full((1,), torch.nan)])
 
 
 def _narrowed(pixels: Shaped[Tensor, "P"]) -> Shaped[Tensor, "P"]:
