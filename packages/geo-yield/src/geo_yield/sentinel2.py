@@ -17,6 +17,7 @@ Decided here:
 Shapes: C bands, H rows, W columns.
 """
 
+import hashlib
 import logging
 import math
 import re
@@ -246,8 +247,11 @@ class Sentinel2Scene:
 
     @property
     def key(self) -> str:
+        """Place, time, and a digest of the products' names: a reprocessed or added file makes another unit of work."""
         first = self.products[0]
-        return f"{first.tile}_{first.acquired:%Y%m%dT%H%M%S}_{self.pixel_size}m_r{self.row:05d}_c{self.column:05d}"
+        digest = hashlib.sha256("|".join(product.name for product in self.products).encode()).hexdigest()[:8]
+        place = f"{self.pixel_size}m-r{self.row:05d}-c{self.column:05d}"
+        return f"{first.tile}-{first.acquired:%Y%m%dT%H%M%S}-{place}-{digest}"
 
     @property
     def grid_key(self) -> Hashable:
@@ -310,7 +314,7 @@ class Sentinel2Scene:
         if band not in product.files:
             raise InputProblem(f"'{product.name}' has no {band} (it has {', '.join(sorted(product.files))})")
         href = product.files[band]
-        with _open(href) as image:
+        with open_image(href) as image:
             _refuse_other_place(image, product, href)
             ratio = self.pixel_size / image.res[0]
             if not (ratio.is_integer() or (1 / ratio).is_integer()):
@@ -336,7 +340,7 @@ class Sentinel2Scene:
             raise InputProblem(f"the layout counts only '{layout.mask}', but no map was given: pass mask_map=")
         grid = self.grid()
         onto = {"crs": grid.crs.to_wkt(), "transform": grid.transform, "height": grid.height, "width": grid.width}
-        with _open(self.mask_map) as source, WarpedVRT(source, resampling=Resampling.nearest, **onto) as warped:
+        with open_image(self.mask_map) as source, WarpedVRT(source, resampling=Resampling.nearest, **onto) as warped:
             return np.isin(warped.read(1), classes)
 
 
@@ -345,7 +349,8 @@ def _blocks(values: Shaped[np.ndarray, "h w"], ratio: float) -> Shaped[np.ndarra
     return values.reshape(values.shape[0] // side, side, values.shape[1] // side, side)
 
 
-def _open(href: str) -> rasterio.DatasetReader:
+def open_image(href: str) -> rasterio.DatasetReader:
+    """Open a path or address. Raises InputProblem if that does not work."""
     try:
         return rasterio.open(href)
     except RasterioError as problem:
@@ -421,7 +426,8 @@ def _product(root: Path, files: Sequence[Path], offset: float | None) -> Product
     facts = read_metadata(xml) if xml.exists() else ProductMetadata()
     named = _BASELINE.search(f"{root.name}_")
     baseline = facts.baseline or (f"{named[1]}.{named[2]}" if named else None)
-    tile, acquired = _tile_and_time(next(iter(chosen.values())), root)
+    first = next(iter(chosen.values()))
+    tile, acquired = tile_and_time(f"{first.stem} {root.name}", str(first))
     headers = {band: _header(file) for band, file in chosen.items()}
     offsets = {}
     for band in [band for band in chosen if band != "SCL"]:
@@ -446,15 +452,15 @@ def _product(root: Path, files: Sequence[Path], offset: float | None) -> Product
     )
 
 
-def _tile_and_time(file: Path, root: Path) -> tuple[str, datetime]:
-    text = f"{file.stem} {root.name}"
+def tile_and_time(text: str, source: str) -> tuple[str, datetime]:
+    """MGRS tile and first date or time that a name carries, e.g. "15TVH" and 2022-06-04 17:09:01."""
     tile, time = _TILE.search(_spaced(text)), _TIME.search(text)
     if tile is None or time is None:
-        raise InputProblem(f"'{file}' names no tile and date. Rename it like T15TVH_20220604T170901_B02_10m.tif")
+        raise InputProblem(f"'{source}' names no tile and date. Rename it like T15TVH_20220604T170901_B02_10m.tif")
     try:
         return tile[1], datetime.strptime(time[1] + (time[2] or "000000"), "%Y%m%d%H%M%S")
     except ValueError:
-        raise InputProblem(f"'{file}': '{time[0]}' is not a date, expected YYYYMMDD or YYYYMMDDTHHMMSS") from None
+        raise InputProblem(f"'{source}': '{time[0]}' is not a date, expected YYYYMMDD or YYYYMMDDTHHMMSS") from None
 
 
 def _native_files(files: Sequence[Path]) -> dict[str, Path]:
@@ -473,7 +479,7 @@ def _native_files(files: Sequence[Path]) -> dict[str, Path]:
 
 def _header(file: Path) -> tuple[CRS, tuple[float, float, float, float], float | None]:
     """Place of an image and the offset in digital numbers that its band tags list, if they do."""
-    with _open(str(file)) as image:
+    with open_image(str(file)) as image:
         crs, bounds = place_of(image, str(file))
         tagged = image.scales[0] != 1  # without tags GDAL answers scale 1, offset 0
         return crs, bounds, round(image.offsets[0] / image.scales[0], 3) if tagged else None
