@@ -102,7 +102,7 @@ class DFYPConfig:
 
     @classmethod
     def small(cls, bands: int, *, operator: Operator = "sobel") -> "DFYPConfig":
-        """For hundreds instead of thousands of rows: an eighth of the CNN, a ViT of width 64 and depth 2."""
+        """For hundreds of rows instead of thousands: an eighth of the CNN, a ViT of width 64 and depth 2, little dropout."""
         return cls(
             bands=bands,
             cnn_width=16,
@@ -112,8 +112,8 @@ class DFYPConfig:
             vit_heads=4,
             vit_head_dim=16,
             vit_mlp=128,
-            cnn_dropout=0.2,
-            vit_dropout=0.1,
+            cnn_dropout=0.1,
+            vit_dropout=0.0,
             embedding_dropout=0.0,
             operator=operator,
         )
