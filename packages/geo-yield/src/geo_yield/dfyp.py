@@ -102,7 +102,7 @@ class DFYPConfig:
 
     @classmethod
     def small(cls, bands: int, *, operator: Operator = "sobel") -> "DFYPConfig":
-        """For hundreds of rows instead of thousands: an eighth of the CNN, a ViT of width 64 and depth 2, little dropout."""
+        """For hundreds of rows, not thousands: an eighth of the CNN, a ViT of width 64 and depth 2, little dropout."""
         return cls(
             bands=bands,
             cnn_width=16,
@@ -373,7 +373,8 @@ class DFYP(nn.Module):
         """Weighted sum of both branches, one column per output. Raises ValueError if the image has another size."""
         expected = (self.config.bands, self.config.steps, self.config.bins)
         if image.shape[1:] != expected:
-            raise ValueError(f"image must be (rows, bands, steps, bins) = (B, {expected}), got {tuple(image.shape)}")
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"image must be (rows, bands, steps, bins) = (B, {sizes}), got {tuple(image.shape)}")
         gated = self.rca(image)
         return self.weight_cnn * self.cnn(gated, year) + self.weight_vit * self.vit(gated)
 
