@@ -2,7 +2,28 @@
 
 from shared_kernels._backend import backend
 from shared_kernels.gates import channel_gate
+from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
+from shared_kernels.tokens import (
+    choose_tokens,
+    merge_tokens,
+    pack_tokens,
+    put_tokens,
+    select_tokens,
+    unpack_tokens,
+)
 from shared_kernels.zones import zonal_histogram
 
-__all__ = ["backend", "channel_gate", "stencil_blend", "zonal_histogram"]
+__all__ = [
+    "backend",
+    "channel_gate",
+    "choose_tokens",
+    "merge_states",
+    "merge_tokens",
+    "pack_tokens",
+    "put_tokens",
+    "select_tokens",
+    "stencil_blend",
+    "unpack_tokens",
+    "zonal_histogram",
+]
