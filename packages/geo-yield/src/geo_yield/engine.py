@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -78,11 +79,11 @@ def _one_pool(function: Callable[[Unit], Result], units: dict[int, Unit], worker
     waiting = iter(list(units.items()))
     running: dict[Future[Result], int] = {}
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_single_threaded)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn)
     try:
         while True:
             while len(running) < 2 * workers and (entry := next(waiting, None)) is not None:
-                running[pool.submit(function, entry[1])] = entry[0]
+                running[pool.submit(_single_threaded, function, entry[1])] = entry[0]
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -91,11 +92,11 @@ def _one_pool(function: Callable[[Unit], Result], units: dict[int, Unit], worker
         pool.shutdown(cancel_futures=True)
 
 
-def _single_threaded() -> None:
+def _single_threaded(function: Callable[[Unit], Result], unit: Unit) -> Result:
     """As many workers as processors, each with torch's own threads, would only wait for one another."""
-    import torch
-
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    return function(unit)
 
 
 def _on_ray(function: Callable[[Unit], Result], units: Sequence[Unit], workers: int) -> Iterator[tuple[int, Result]]:
@@ -120,6 +121,7 @@ def _ray_rows(
             logging_level=logging.ERROR,
         )
     try:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         rows = [{"index": index, "unit": pickle.dumps(unit)} for index, unit in enumerate(units)]

@@ -224,7 +224,8 @@ class ModisScene:
         if self.reflectance is not None:
             return self.reflectance.grid()
         coarse = self._composites[0].grid()
-        finer = coarse.transform * Affine.scale(0.5)
+        a, _, c, _, e, f = tuple(coarse.transform)[:6]
+        finer = Affine(a / 2, 0, c, 0, e / 2, f)
         return Grid(crs=coarse.crs, transform=finer, height=2 * coarse.height, width=2 * coarse.width)
 
     def read(self, layout: HistogramLayout) -> Pixels:
