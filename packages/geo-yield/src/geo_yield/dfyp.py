@@ -264,7 +264,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, *, heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.drop = heads, dropout
+        self.heads, self.head_dim, self.drop = heads, head_dim, dropout
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim)
@@ -272,9 +272,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         B, N, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm(x)).view(B, N, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.0)
-        return self.dropout(self.out(attended.transpose(1, 2).reshape(B, N, -1)))
+        return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Sequential):
@@ -337,7 +337,7 @@ class ViT(nn.Module):
         """Patches in raster order; inside one, the order is composite, bin, band."""
         B, C, T, K = x.shape
         grid = x.reshape(B, C, T // self.patch, self.patch, K // self.patch, self.patch)
-        return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, self.patch**2 * C)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, T * K // self.patch**2, self.patch**2 * C)
 
     def forward(self, x: Float[Tensor, "B C T K"]) -> Float[Tensor, "B outputs"]:
         return self.head(self.features(x))
