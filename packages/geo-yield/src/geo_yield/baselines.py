@@ -11,6 +11,7 @@ place and season. Left open here: the RBF of a region without coordinates cannot
 Shapes: N rows, D flat features, C bands, T composites, K bins, H hidden features.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, Float64
 from sklearn.ensemble import RandomForestRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, Exponentiation, Kernel, WhiteKernel
 
@@ -225,13 +227,13 @@ class RandomForest:
         return self.forest.predict(self.scaler.apply(self._columns(samples))).astype(np.float32)
 
 
-def histograms_of(samples: Samples, limits: Float32[np.ndarray, "C 2"] | None) -> YieldTensor:
-    """The histograms of the rows; series are binned within `limits`, which `series_limits` took from training rows."""
+def histograms_of(samples: Samples, limits: Float32[np.ndarray, "C 2"] | None, *, bins: int) -> YieldTensor:
+    """The rows' histograms; series get `bins` bins within `limits`, which `series_limits` took from training rows."""
     if isinstance(samples.inputs, YieldTensor):
         return samples.inputs
     if limits is None:
         raise InputProblem("series need limits that were fitted on training rows of series")
-    return series_to_histograms(samples.inputs, limits)
+    return series_to_histograms(samples.inputs, limits, bins=bins)
 
 
 def series_limits(samples: Samples) -> Float32[np.ndarray, "C 2"] | None:
@@ -257,11 +259,13 @@ class DeepGaussianProcess:
     weight_decay: float = 0.05
     gaussian_process: bool = True
     """False: the CNN alone."""
+    series_bins: int = 32
+    """Bins that index series are spread over; histograms bring their own."""
 
     def fit(self, samples: Samples, *, seed: int) -> None:
         torch.manual_seed(seed)
         self.limits = series_limits(samples)
-        tensor = histograms_of(samples, self.limits)
+        tensor = histograms_of(samples, self.limits, bins=self.series_bins)
         self.centre = tensor.image.mean(axis=(0, 2, 3), keepdims=True)
         self.offset, self.scale = float(samples.target.mean()), max(float(samples.target.std()), 1e-6)
         C, T, K = tensor.layout.shape
@@ -316,11 +320,13 @@ class DeepGaussianProcess:
         kernel = (
             ConstantKernel(0.1 * variance, (1e-6 * variance, 1e2 * variance)) * _Columns(DotProduct(0.0, "fixed"), 0, H)
             + ConstantKernel(variance, (1e-4 * variance, 1e2 * variance))
-            * _Columns(RBF([1.0, 1.0, 1.0], (0.05, 50.0)), H, H + 3)
+            * _Columns(RBF([1.0, 1.0, 1.0], (0.05, 1e3)), H, H + 3)
             + WhiteKernel(variance, (1e-3 * variance, 10 * variance))
         )
         self.process = GaussianProcessRegressor(kernel, alpha=1e-8 * variance)
-        self.process.fit(self._process_inputs(hidden, place), residual)
+        with warnings.catch_warnings():  # a length scale at its bound says that the axis does not matter
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.process.fit(self._process_inputs(hidden, place), residual)
 
     def _process_inputs(
         self, hidden: Float64[np.ndarray, "N H"], place: Float64[np.ndarray, "N 3"]
@@ -329,7 +335,7 @@ class DeepGaussianProcess:
         return np.column_stack([scaled, self.place_scaler.apply(place)])
 
     def predict(self, samples: Samples) -> Float32[np.ndarray, "N"]:
-        tensor = histograms_of(samples, self.limits)
+        tensor = histograms_of(samples, self.limits, bins=self.series_bins)
         hidden = self._hidden(tensor)
         mean = self._mean(hidden)
         if self.gaussian_process:
