@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from geo_yield.errors import InputProblem
 from geo_yield.samples import IndexSeries
-from geo_yield.series import fit_limits, read_districts, read_series, series_to_histograms
+from geo_yield.series import fit_limits, read_districts, read_series, series_samples, series_to_histograms
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
@@ -95,6 +95,32 @@ def test_bad_sets_of_tables_are_refused(tmp_path):
         read_districts(districts, np.array(["A"]), column="D")
     with pytest.raises(InputProblem, match="no district for 1 regions, first 'B'"):
         read_districts(write(tmp_path / "f.csv", "County,D", "A,1"), np.array(["A", "B"]), column="D")
+
+
+def test_samples_from_files(tmp_path):
+    vi = write(
+        tmp_path / "vi.csv", "County,Year,D,NDVI1", "LA SALLE,2019,20,0.5", "ADAMS,2019,30,0.7", "ADAMS,2020,30,0.8"
+    )
+    past = write(
+        tmp_path / "y.csv",
+        "region_id,year,yield",
+        "LaSalle,2019,60",
+        "LaSalle,2018,50",
+        "Adams,2020,44",
+        "Adams,2019,40",
+    )
+    options = {"crop": "soybean", "unit": "bu/acre", "district_column": "D"}
+    rows = series_samples([vi], past, history="previous-years", **options)
+    assert list(zip(rows.region_id, rows.year, rows.target, rows.district, strict=True)) == [
+        ("ADAMS", 2019, 40, "30"),
+        ("ADAMS", 2020, 44, "30"),
+        ("LA SALLE", 2019, 60, "20"),
+    ]
+    np.testing.assert_array_equal(rows.history, [np.nan, 40, 50])
+    before = series_samples([vi], past, history="before-first-season", **options)
+    np.testing.assert_array_equal(before.history, [np.nan, np.nan, 50])
+    with pytest.raises(InputProblem, match="no series file has the district column 'ADC'"):
+        series_samples([vi], past, history="previous-years", **options | {"district_column": "ADC"})
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

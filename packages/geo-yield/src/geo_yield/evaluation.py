@@ -136,8 +136,13 @@ def _spatial_folds(groups: Shaped[np.ndarray, "N"], folds: int, seed: int) -> li
     return [Fold(name=f"part-{k + 1}", train=~test, test=test) for k, test in enumerate(tests)]
 
 
+def history_for(protocol: str) -> str:
+    """The `history` of `join_yields` that cannot hold a label under test in this protocol."""
+    return "previous-years" if protocol == "leave-future-out" else "before-first-season"
+
+
 def _refuse_leaking_history(samples: Samples, protocol: str) -> None:
-    if samples.past == "previous-years" and protocol != "leave-future-out":
+    if samples.past == "previous-years" and history_for(protocol) != "previous-years":
         raise InputProblem(
             f"a history of previous years holds labels of test rows under '{protocol}': "
             "join yields with history='before-first-season'"

@@ -20,8 +20,8 @@ from jaxtyping import Float32, Shaped
 
 from geo_yield.errors import InputProblem
 from geo_yield.histograms import HistogramLayout, YieldTensor
-from geo_yield.samples import IndexSeries
-from geo_yield.yields import match_key, read_text_table, read_years
+from geo_yield.samples import IndexSeries, Samples
+from geo_yield.yields import join_yields, match_key, read_text_table, read_years, read_yields
 
 APRIL_1 = 91
 _WEEK_COLUMN = re.compile(r"([A-Za-z][A-Za-z_]*?)_?(\d+)")
@@ -172,6 +172,36 @@ def read_districts(
     if unknown := sorted({match_key(name) for name in region_id} - set(district)):
         raise InputProblem(f"'{path}' has no district for {len(unknown)} regions, first '{unknown[0]}'")
     return np.array([district[match_key(name)] for name in region_id])
+
+
+def series_samples(
+    paths: Sequence[Path],
+    yields: Path,
+    *,
+    history: str,
+    crop: str | None = None,
+    unit: str | None = None,
+    id_column: str = "County",
+    year_column: str = "Year",
+    centroids: Path | None = None,
+    district_column: str | None = None,
+    window: int = 10,
+) -> Samples:
+    """The rows of series files that have a yield in a table of yields, ready for `evaluate`.
+
+    history: see `join_yields`; `evaluation.history_for(protocol)` names the one that fits. district_column: a column of
+    one of the series files. Raises InputProblem as `read_series`, `read_yields` and `join_yields` do.
+    """
+    series = read_series(paths, id_column=id_column, year_column=year_column, centroids=centroids)
+    district = None
+    if district_column is not None:
+        holding = [path for path in paths if district_column in read_text_table(path).columns]
+        if not holding:
+            raise InputProblem(f"no series file has the district column '{district_column}'")
+        district = read_districts(holding[0], series.region_id, column=district_column, id_column=id_column)
+    table = read_yields(yields, crop=crop, unit=unit)
+    samples = join_yields(series, table, history=history, window=window, district=district)
+    return samples.take(np.isfinite(samples.target))
 
 
 def fit_limits(series: IndexSeries) -> Float32[np.ndarray, "C 2"]:
