@@ -259,7 +259,7 @@ def _open(path: Path) -> rasterio.DatasetReader:
         # GDAL would list the folder at each opening, and folders of layers are long
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
             return rasterio.open(path)
-    except RasterioError as problem:
+    except (RasterioError, UnicodeDecodeError) as problem:
         raise InputProblem(f"'{path}' is damaged or no GeoTIFF: {str(problem).splitlines()[0]}") from None
 
 
@@ -329,7 +329,7 @@ def _read_piece(path: Path, source: LayerSource, layer: str) -> Layer:
         grid, nodata = _geotiff_grid(file), file.nodata
         try:
             pixels = file.read(source.band)
-        except RasterioError as problem:
+        except (RasterioError, UnicodeDecodeError) as problem:
             raise InputProblem(f"'{path}' is damaged: {str(problem).splitlines()[0]}") from None
     _refuse_floats(pixels, path)
     return Layer(pixels=pixels, missing=_is_any(pixels, {fill_of(layer), source.fill, nodata}), grid=grid)

@@ -26,6 +26,7 @@ import shapely
 from jaxtyping import Float32, Int32
 from pyogrio.errors import DataLayerError, DataSourceError
 from pyproj import CRS, Transformer
+from shapely.errors import ShapelyError
 from shapely.geometry.base import BaseGeometry
 
 from geo_yield.errors import InputProblem
@@ -114,7 +115,7 @@ def _read_vector(path: Path, layer: str | None) -> geopandas.GeoDataFrame:
         if path.suffix.lower() in (".parquet", ".geoparquet"):
             return geopandas.read_parquet(path)
         return geopandas.read_file(path, layer=layer) if layer else geopandas.read_file(path)
-    except (DataSourceError, DataLayerError, pa.ArrowException, ValueError, OSError) as problem:
+    except (DataSourceError, DataLayerError, ShapelyError, pa.ArrowException, ValueError, OSError) as problem:
         raise InputProblem(f"'{path}' cannot be read as polygons: {str(problem).splitlines()[0]}") from None
 
 
@@ -130,7 +131,7 @@ def _read_kml_table(path: Path) -> geopandas.GeoDataFrame:
     for row, text in enumerate(table["geometry"]):
         try:
             shapes.append(_polygon_of_kml(text))
-        except (ElementTree.ParseError, ValueError, shapely.errors.ShapelyError) as problem:
+        except (ElementTree.ParseError, ValueError, ShapelyError) as problem:
             raise InputProblem(f"'{path}' has no KML polygon in row {row + 2}: {problem}") from None
     return geopandas.GeoDataFrame(table.drop(columns="geometry"), geometry=shapes, crs=WGS84)
 
