@@ -2,15 +2,16 @@
 
     uv run python packages/geo-yield/proofs/illinois.py DATA
 
-DATA holds the CSV files of the GitHub repository BaerchenJ/Stagewise-crop-yield-prediction-with-multisource-functional-
-indices (without a licence, so they are not kept here). Yields come from the NASS table alone: the authors' own file also
-holds values they imputed. Writes illinois.json, illinois.md and illinois.png to `results/`; every finished (protocol,
-fold, method) is kept in --parts, so a second run goes on where the first stopped.
+DATA holds the CSV files of the GitHub repository BaerchenJ/Stagewise-crop-yield-prediction-with-multisource-
+functional-indices (without a licence, so they are not kept here). Yields come from the NASS table alone: the authors'
+own file also holds values they imputed. Writes illinois.json, illinois.md and illinois.png to `results/`; every
+finished (protocol, fold, method) is kept in --parts, so a second run goes on where the first stopped.
 
-Chosen inside the training rows of each fold: ridge penalties, index limits, band means, the line through history, target
-scale, every interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; its
-16 bins and batches of 16 instead of 32 are for speed (a value is spread over its two nearest bins, so its mean bin is
-the value, whatever their number). Copies: five under spatial folds, else one for each left-out season.
+Chosen inside the training rows of each fold: ridge penalties, index limits, band means, the line through history,
+target scale, every interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel,
+`TrainConfig.small`; its 16 bins and batches of 16 instead of 32 are for speed (a value is spread over its two nearest
+bins, so its mean bin is the value, whatever their number). Copies: five under spatial folds, else one for each
+left-out season.
 """
 
 import argparse
