@@ -147,6 +147,9 @@ def test_results_are_whole_after_every_point_and_name_no_machine(claim_file, mon
         low, high = point["spread"]["ours"]
         assert 0 < low <= point["seconds"]["ours"] <= high
     assert content["tests"] == {"a-package": {"failures": 0}}
+    table = bench.markdown("a-package/adding", content["device"], content["claims"]["a-package/adding"]).splitlines()
+    assert table[0] == "| rows | kind | product | ours | ratio | million numbers/s | largest |"
+    assert table[3].startswith("| 2,000 | plain | ")
     assert content["device"].endswith("cores")
     assert platform.node() not in file.read_text() + file.name
 

@@ -220,15 +220,13 @@ def _plain(point: Mapping[str, Any]) -> dict[str, Any]:
 def run(claim: Claim, *, device: str) -> Iterator[dict[str, Any]]:
     """Measure every point of a claim and yield its result; each is in the device's result file before it is yielded."""
     module = claim.module
-    entry = {"claim": module.CLAIM, "baseline": module.BASELINE, "threads": claim.threads, "on": device}
-    entry |= {
-        name: getattr(module, name.upper()) for name in ("target", "target_rate") if hasattr(module, name.upper())
-    }
-    entry |= {"torch": torch.__version__, "date": date.today().isoformat(), "points": []}
+    entry = {"claim": module.CLAIM, "baseline": module.BASELINE, "rivals": list(module.RIVALS)}
+    entry |= {"threads": claim.threads, "torch": torch.__version__, "date": date.today().isoformat()}
+    points: list[dict[str, Any]] = []
     for point in claim.points():
-        entry["points"].append(measure(claim, point, device=device))
-        keep(device, "claims", claim.key, entry)
-        yield entry["points"][-1]
+        points.append(measure(claim, point, device=device))
+        keep(device, "claims", claim.key, entry | {"points": points})
+        yield points[-1]
 
 
 def device_name(device: str) -> str:

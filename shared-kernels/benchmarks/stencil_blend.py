@@ -7,13 +7,12 @@ from shared_kernels import stencil_blend
 
 CLAIM = "stencil_blend computes DFYP's operator layer at least 2.5 times faster than its composition from torch."
 SWEEP = {
-    "shape": ((8, 9, 32, 32), (64, 9, 32, 32), (256, 9, 32, 32), (8, 3, 224, 224)),
+    "shape": ((64, 9, 32, 32), (256, 9, 32, 32), (8, 3, 224, 224)),
     "kernels": ("sobel", "learned"),
     "pass": ("forward", "forward + backward"),
 }
 BASELINE = "eager"
 TARGET = 2.5
-TARGET_AT = {"shape": SWEEP["shape"][1:]}
 EPS = 1e-6
 
 
