@@ -4,7 +4,8 @@ The function is stateless, importable by its name and picklable, and so are unit
 writes to files under a temporary name and renames. Then it does not matter who runs a unit, in which order, or twice: a
 worker that dies (out of memory, a reclaimed machine) costs its unit's time and nothing else.
 
-Local workers are started afresh instead of forked, since a fork of a process that has used torch's threads can hang.
+Local workers are never forked from this process, since a fork of a process that has used torch's threads can hang; they
+are forked from a server that has only imported the function's module (where systems allow it), or started afresh.
 """
 
 import logging
@@ -78,8 +79,7 @@ def _one_pool(function: Callable[[Unit], Result], units: dict[int, Unit], worker
     """Until all are done or a worker dies. Few units wait in the pool at a time, so many cost no memory."""
     waiting = iter(list(units.items()))
     running: dict[Future[Result], int] = {}
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(function))
     try:
         while True:
             while len(running) < 2 * workers and (entry := next(waiting, None)) is not None:
@@ -90,6 +90,14 @@ def _one_pool(function: Callable[[Unit], Result], units: dict[int, Unit], worker
                 yield running.pop(future), future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _context(function: Callable[[Unit], Result]) -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    return context
 
 
 def _single_threaded(function: Callable[[Unit], Result], unit: Unit) -> Result:
