@@ -4,15 +4,21 @@ import pickle
 from datetime import datetime
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from affine import Affine
+from pyproj import CRS, Transformer
 
 from geo_yield.errors import InputProblem
+from geo_yield.histograms import HistogramStore
+from geo_yield.prepare import prepare_histograms
 from geo_yield.scenes import Scene
 from geo_yield.sentinel2 import (
     BANDS,
+    Product,
     band_of,
     clear_sky,
     find_products,
@@ -223,6 +229,67 @@ def test_the_mask_counts_only_its_classes(tmp_path):
         only_scene(tmp_path, layout)
     with pytest.raises(InputProblem, match="do not go together"):
         only_scene(tmp_path, sentinel2_layout(bands=["B11"]), mask_map=tmp_path / "map" / "cover.tif")
+
+
+def write_tile(folder: Path, tile: str, *, left: int, crs: str = "EPSG:32615") -> Path:
+    """B11 of a tile of 360 x 240 m, the same digital number everywhere."""
+    path = folder / tile / f"{tile}_20220604_B11.tif"
+    write_image(path, np.full(SIZES[20], 3000, dtype=np.uint16), 20, left=left, crs=crs)
+    return path.parent
+
+
+def test_what_two_tiles_cover_counts_once(tmp_path):
+    folders = [write_tile(tmp_path, "15TWH", left=LEFT + 300), write_tile(tmp_path, "15TVH", left=LEFT)]
+    layout = sentinel2_layout(bands=["B11"], qa="none")
+    west, east = sentinel2_scenes(folders, years=[2022], layout=layout, offset=0)
+    assert west.read(layout).counted.all()
+    assert np.argwhere(~east.read(layout).counted.any(axis=0)).ravel().tolist() == [0, 1, 2]  # 60 m of overlap
+    (alone,) = sentinel2_scenes(folders[:1], years=[2022], layout=layout, offset=0)
+    assert alone.read(layout).counted.all()
+    assert alone.key != east.key
+
+
+def test_tiles_of_two_zones_share_a_border_to_a_pixel(tmp_path):
+    # The zones 15 and 16 meet at 90 degrees west; both tiles lie across it at the same place.
+    to_15, to_16 = (Transformer.from_crs(4326, code, always_xy=True) for code in (32615, 32616))
+    x15, y = to_15.transform(-90.0, 41.5)
+    x16, _ = to_16.transform(-90.0, 41.5)
+    products = []
+    for tile, code, left in (("15TYH", 32615, x15 - 50_000), ("16TBN", 32616, x16 - 50_000)):
+        bounds = (left, y - 40_000, left + 100_000, y + 40_000)
+        facts = {"acquired": datetime(2022, 6, 4), "baseline": "04.00", "files": {}, "offsets": {}}
+        products.append(Product(name=tile, tile=tile, crs=CRS.from_epsg(code), bounds=bounds, **facts))
+    layout = sentinel2_layout(bands=["B11"], pixel_size=60)
+    scenes = sentinel2_scenes(products, years=[2022], layout=layout)
+    assert scenes[0].ceded == ()
+    (outline,) = scenes[1].ceded
+    back = shapely.transform(outline, Transformer.from_crs(32616, 32615, always_xy=True).transform, interleaved=False)
+    assert back.symmetric_difference(shapely.box(*products[0].bounds)).area < 100  # square metres of 8e9
+
+
+def test_sentinel2_histograms_end_to_end(tmp_path):
+    ramp = (1010 + 40 * np.arange(12)[:, None] + 250 * np.arange(18)).astype(np.uint16)
+    dark = ramp.repeat(2, 0).repeat(2, 1) // 4 + 900  # partly below the offset: counts as 0
+    for time in (TIME, "20220614T170901"):
+        write_safe(tmp_path / "images", time=time, change={"B11": ramp, "B02": dark.astype(np.uint16)})
+    layout = sentinel2_layout(bands=["B11", "B02"], bins=8)
+    shapes = [shapely.box(LEFT, TOP - 240, LEFT + 100, TOP), shapely.box(LEFT + 100, TOP - 240, LEFT + 360, TOP)]
+    regions = geopandas.GeoDataFrame({"region_id": ["01", "02"]}, geometry=shapes, crs="EPSG:32615")
+    results = []
+    for block in (2048, 5):
+        scenes = sentinel2_scenes([tmp_path / "images"], years=[2022], layout=layout, block=block)
+        (file,) = prepare_histograms(scenes, regions, layout, tmp_path / f"out{block}", workers=1)
+        results.append(HistogramStore(file).read())
+    whole, cut = results
+    np.testing.assert_array_equal(whole.image, cut.image)
+    assert whole.pixel_count.tolist() == cut.pixel_count.tolist() == [5 * 12, 13 * 12]
+    np.testing.assert_array_equal(whole.valid_count[:, :, 2], [[120, 120], [312, 312]])  # two looks in June add up
+    assert whole.valid_count.sum() == 864
+    for band, digital in ((0, ramp), (1, ramp // 4 + 900)):
+        values = np.maximum(digital[:, :5].astype(np.float32) - 1000, 0) / np.float32(10000)
+        expected = np.histogram(values, bins=layout.edges[band])[0]
+        assert expected.sum() == 60
+        np.testing.assert_allclose(whole.image[0, band, 2], expected / 60, atol=1e-6)
 
 
 def test_a_folder_of_band_files_needs_to_know_its_offset(tmp_path):

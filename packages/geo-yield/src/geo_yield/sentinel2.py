@@ -12,6 +12,8 @@ Decided here:
 - Reflectance below 0 (darker than the offset allows for) counts as 0, after the shift.
 - Several files of one tile and overpass (reprocessed, or cut by a data strip) are one scene: only those of the newest
   baseline are read, and where one has no data the next fills in, so that no pixel counts twice.
+- Neighbouring tiles overlap by 10 km, and across UTM zones by more: what several of the given tiles cover is counted by
+  the first of them by name, so that each place counts once, and a lone tile counts all it has.
 - A tile is read in blocks of 2048 pixels, each a unit of work, because a whole tile of 9 bands takes 1.4 GB.
 
 Shapes: C bands, H rows, W columns.
@@ -23,18 +25,20 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
+import shapely
 from affine import Affine
 from jaxtyping import Bool, Float32, Shaped, UInt8
-from pyproj import CRS
+from pyproj import CRS, Transformer
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
+from rasterio.features import geometry_mask
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
@@ -163,7 +167,8 @@ def sentinel2_layout(
 ) -> HistogramLayout:
     """Histograms of reflectance; bands by any catalogue's name.
 
-    Edges: `bins` equal ones from 0 to the band's usual top, or `edges`, one row per band. `qa`: "default" keeps scene
+    Edges: `bins` equal ones from 0 to the band's usual top, or `edges`, one row per band; what is brighter (cloud that
+    the classes missed, sand) is not counted. `qa`: "default" keeps scene
     classes 4, 5 and 7, "scl:4,5,6,7" those listed, "none" everything with data. `mask`: "none", or "<name>:<class>,..."
     for the classes of a map that is handed to `sentinel2_scenes`. `pixel_size`: 10, 20 or 60 metres.
     """
@@ -244,12 +249,15 @@ class Sentinel2Scene:
     height: int
     width: int
     mask_map: str | None = None
+    ceded: tuple[shapely.Polygon, ...] = ()
+    """What other tiles count, in metres of this tile's zone."""
 
     @property
     def key(self) -> str:
-        """Place, time, and a digest of the products' names: a reprocessed or added file makes another unit of work."""
+        """Place, time, and a digest of products and neighbours: an added file or tile makes another unit of work."""
         first = self.products[0]
-        digest = hashlib.sha256("|".join(product.name for product in self.products).encode()).hexdigest()[:8]
+        told = [*(product.name for product in self.products), *(shape.wkt for shape in self.ceded)]
+        digest = hashlib.sha256("|".join(told).encode()).hexdigest()[:8]
         place = f"{self.pixel_size}m-r{self.row:05d}-c{self.column:05d}"
         return f"{first.tile}-{first.acquired:%Y%m%dT%H%M%S}-{place}-{digest}"
 
@@ -323,7 +331,7 @@ class Sentinel2Scene:
             bottom, right = math.ceil((self.row + self.height) * ratio), math.ceil((self.column + self.width) * ratio)
             try:
                 return image.read(1, window=Window(left, top, right - left, bottom - top)), ratio
-            except RasterioError as problem:
+            except (RasterioError, UnicodeDecodeError) as problem:
                 raise InputProblem(f"'{href}' cannot be read: {problem}. Download it again.") from None
 
     def _repeat(self, coarse: Shaped[np.ndarray, "h w"], ratio: float) -> Shaped[np.ndarray, "H W"]:
@@ -333,15 +341,18 @@ class Sentinel2Scene:
         return coarse[np.ix_(rows, columns)]
 
     def _counted(self, layout: HistogramLayout) -> Bool[np.ndarray, "H W"]:
+        grid = self.grid()
+        ours = np.ones((self.height, self.width), dtype=bool)
+        if self.ceded:
+            ours = geometry_mask(self.ceded, out_shape=ours.shape, transform=grid.transform)
         classes = mask_classes(layout.mask)
         if classes is None:
-            return np.ones((self.height, self.width), dtype=bool)
+            return ours
         if self.mask_map is None:
             raise InputProblem(f"the layout counts only '{layout.mask}', but no map was given: pass mask_map=")
-        grid = self.grid()
         onto = {"crs": grid.crs.to_wkt(), "transform": grid.transform, "height": grid.height, "width": grid.width}
         with open_image(self.mask_map) as source, WarpedVRT(source, resampling=Resampling.nearest, **onto) as warped:
-            return np.isin(warped.read(1), classes)
+            return ours & np.isin(warped.read(1), classes)
 
 
 def _blocks(values: Shaped[np.ndarray, "h w"], ratio: float) -> Shaped[np.ndarray, "H r W r"]:
@@ -353,8 +364,8 @@ def open_image(href: str) -> rasterio.DatasetReader:
     """Open a path or address. Raises InputProblem if that does not work."""
     try:
         return rasterio.open(href)
-    except RasterioError as problem:
-        raise InputProblem(f"'{href}' cannot be opened as an image: {problem}") from None
+    except (RasterioError, UnicodeDecodeError) as problem:
+        raise InputProblem(f"'{href}' cannot be opened as an image: {str(problem).splitlines()[0]}") from None
 
 
 def _refuse_other_place(image: rasterio.DatasetReader, product: Product, href: str) -> None:
@@ -540,10 +551,24 @@ def sentinel2_scenes(
         products += [given] if isinstance(given, Product) else find_products(given, offset=offset)
     wanted = set(years)
     scenes: list[Sentinel2Scene] = []
-    for group in same_look([p for p in products if p.cloud_cover is None or p.cloud_cover <= max_cloud]):
+    looks = same_look([p for p in products if p.cloud_cover is None or p.cloud_cover <= max_cloud])
+    ceded = ceded_to_others([group[0] for group in looks])
+    for group in looks:
         period = period_of(group[0].acquired.date(), layout.doy)
         if period is not None and period[0] in wanted:
-            scenes += _blocks_of(group, period, int(layout.pixel_size or 20), mask_map, block)
+            whole = Sentinel2Scene(
+                products=group,
+                year=period[0],
+                step=period[1],
+                pixel_size=int(layout.pixel_size or 20),
+                row=0,
+                column=0,
+                height=0,
+                width=0,
+                mask_map=None if mask_map is None else str(mask_map),
+                ceded=ceded[group[0].tile, group[0].bounds],
+            )
+            scenes += _blocks_of(whole, block)
     if not scenes:
         dates = sorted({f"{p.acquired:%Y-%m-%d}" for p in products})
         seen = f"{dates[0]} to {dates[-1]}" if dates else "none"
@@ -570,23 +595,34 @@ def _baseline_or_zero(product: Product) -> tuple[int, int]:
     return (0, 0) if product.baseline is None else _version(product.baseline, product.name)
 
 
-def _blocks_of(
-    group: tuple[Product, ...], period: tuple[int, int], size: int, mask_map: Path | None, block: int
-) -> list[Sentinel2Scene]:
-    left, bottom, right, top = group[0].bounds
+def ceded_to_others(
+    products: Sequence[Product],
+) -> dict[tuple[str, tuple[float, float, float, float]], tuple[shapely.Polygon, ...]]:
+    """(tile, bounds) -> the parts of it, in its own zone, that tiles with an earlier name cover too."""
+    tiles = {(product.tile, product.bounds): product.crs for product in products}
+    ceded: dict[tuple[str, tuple[float, float, float, float]], tuple[shapely.Polygon, ...]] = {}
+    for place, crs in sorted(tiles.items(), key=lambda item: item[0]):
+        own = shapely.box(*place[1])
+        others = [_outline(other[1], tiles[other], crs) for other in ceded]
+        ceded[place] = tuple(shape for shape in others if shape.intersection(own).area > 0)
+    return ceded
+
+
+def _outline(bounds: tuple[float, float, float, float], crs: CRS, onto: CRS) -> shapely.Polygon:
+    shape = shapely.box(*bounds)
+    if crs == onto:
+        return shape
+    # Edges bend between zones: with a vertex per kilometre the border is right to a few centimetres.
+    project = Transformer.from_crs(crs, onto, always_xy=True).transform
+    return shapely.transform(shapely.segmentize(shape, 1000.0), project, interleaved=False)
+
+
+def _blocks_of(whole: Sentinel2Scene, block: int) -> list[Sentinel2Scene]:
+    left, bottom, right, top = whole.products[0].bounds
+    size = whole.pixel_size
     rows, columns = int((top - bottom + 1e-6) // size), int((right - left + 1e-6) // size)
     return [
-        Sentinel2Scene(
-            products=group,
-            year=period[0],
-            step=period[1],
-            pixel_size=size,
-            row=row,
-            column=column,
-            height=min(block, rows - row),
-            width=min(block, columns - column),
-            mask_map=None if mask_map is None else str(mask_map),
-        )
+        replace(whole, row=row, column=column, height=min(block, rows - row), width=min(block, columns - column))
         for row in range(0, rows, block)
         for column in range(0, columns, block)
     ]
