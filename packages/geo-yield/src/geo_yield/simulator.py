@@ -80,9 +80,9 @@ class SimulationConfig:
     """Technology: bu/acre gained per year."""
     yield_noise: float = 0.035
     """Standard deviation of a county's surveyed yield around the true one, as a share of it."""
-    moderate_spell: tuple[float, float] = (3.0, 0.55)
+    moderate_spell: tuple[float, float] = (3.6, 0.60)
     """Warming (K) and share of rain lost in the fourth season, strongest in the north-west."""
-    strong_spell: tuple[float, float] = (4.0, 0.65)
+    strong_spell: tuple[float, float] = (4.0, 0.60)
     """The same in the last season, strongest in the south-east."""
     constants: CropConstants = field(default_factory=CropConstants)
 
@@ -94,6 +94,15 @@ class SimulationConfig:
             )
         if self.height % 2 or any(width % 2 for width in self.widths) or min(self.height, *self.widths) < 8:
             raise InputProblem(f"windows need even sides of 8 or more pixels, got {self.height} x {self.widths}")
+
+    @classmethod
+    def of_size(cls, county_grid: tuple[int, int], *, seasons: int) -> "SimulationConfig":
+        """Windows just large enough for that many counties of the usual size; (7, 8) is the default region."""
+        rows, columns = max(county_grid[0], 1), max(county_grid[1], 1)
+        height = 2 * max(round(6.86 * rows), 4)
+        width = 2 * round(0.515 * height + 6.8 * columns)  # the windows lean by about their height
+        west = 2 * max(round(0.221 * width), 4)
+        return cls(county_grid=county_grid, seasons=seasons, height=height, widths=(west, width - west))
 
     @property
     def years(self) -> tuple[int, ...]:

@@ -1,0 +1,445 @@
+"""The jobs that the command line offers, each one function from files to files.
+
+prepare -> train -> predict is what a statistics office runs every season; evaluate and report say how far to trust it.
+Every job leaves what a later one needs, and a second run goes on where the first stopped.
+Decided here: the default DFYP is the small one, with the residual on a region's history, since county tables mostly
+have hundreds of rows and not thousands; `size="paper"` is the published network and training. Yields that lie beside
+the `simulation.json` of `geo_yield.simulator` are simulated, and what is made from them says so.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from geo_yield.baselines import CountyHistory, CountyTrend, DeepGaussianProcess, MeanYield, RandomForest, Ridge
+from geo_yield.checkpoint import save_model
+from geo_yield.crossfit import CrossFit, Regressor
+from geo_yield.dfyp import OPERATORS, DFYPConfig, Operator
+from geo_yield.errors import InputProblem
+from geo_yield.evaluation import CALIBRATION, evaluate
+from geo_yield.histograms import HistogramLayout, HistogramStore
+from geo_yield.modis import modis_layout, modis_scenes
+from geo_yield.prepare import prepare_histograms
+from geo_yield.regions import read_regions
+from geo_yield.report import Subject, draw_predictions, write_report
+from geo_yield.samples import IndexSeries, Samples
+from geo_yield.scaling import History
+from geo_yield.scenes import Scene
+from geo_yield.sentinel2 import SENSOR, sentinel2_layout, sentinel2_scenes
+from geo_yield.series import read_districts, read_series
+from geo_yield.training import (
+    DFYPRegressor,
+    EpochReport,
+    TrainConfig,
+    select_operator,
+    select_operators_by_year,
+)
+from geo_yield.yields import join_yields, read_yields
+
+SENSORS = ("modis", "sentinel2")
+METHODS = ("mean", "county history", "county trend", "ridge", "ridge + history", "random forest", "Deep GP", "DFYP")
+"""What `evaluate_files` compares, in this order."""
+
+OnCount = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How DFYP is built and trained by the jobs here."""
+
+    size: Literal["small", "paper"] = "small"
+    """"small": for hundreds of rows; "paper": the published network and training, for thousands."""
+    steps: int = 300
+    """Training steps of the small network (the paper's has its own 25,000)."""
+    members: int = 4
+    """Networks in the ensemble, each without one fold of the training rows."""
+    history: History = "residual"
+    """"residual": predict the difference to what the region's past lets expect; "none": from images alone."""
+    operator: Operator = "sobel"
+    operators: Path | None = None
+    """JSON file written by `select_operator_files`; overrides `operator`."""
+    candidates: tuple[Operator, ...] = ()
+    """Operators that every fit chooses among by validation inside its own rows."""
+    level: float = 0.9
+    """Nominal coverage of the intervals."""
+    seed: int = 0
+
+    def network(self, samples: Samples) -> DFYPConfig:
+        """The network for the bands of `samples`."""
+        inputs = samples.inputs
+        bands = len(inputs.bands) if isinstance(inputs, IndexSeries) else len(inputs.layout.bands)
+        config = DFYPConfig.small(bands) if self.size == "small" else DFYPConfig(bands=bands)
+        if not isinstance(inputs, IndexSeries):
+            _, steps, bins = inputs.layout.shape
+            patch = config.patch
+            config = replace(config, steps=-(-steps // patch) * patch, bins=bins)  # a short season is padded with zeros
+        return _with_chosen(config, self.operators) if self.operators else config.with_operators(self.operator)
+
+    def training(self) -> TrainConfig:
+        if self.size == "paper":
+            return TrainConfig(history=self.history)
+        config = TrainConfig.small(history=self.history, max_steps=self.steps)
+        return replace(config, validation="random") if self.candidates else config
+
+    def regressor(
+        self, samples: Samples, resume_dir: Path | None = None, on_epoch: Callable[[EpochReport], None] | None = None
+    ) -> DFYPRegressor:
+        """An untrained DFYP for rows like `samples`; trainings that finished in `resume_dir` are not repeated."""
+        return DFYPRegressor(
+            self.network(samples),
+            self.training(),
+            candidates=self.candidates,
+            resume_dir=resume_dir,
+            on_epoch=on_epoch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Where images are and how they are read."""
+
+    sensor: str
+    """"modis" or "sentinel2"."""
+    years: tuple[int, ...]
+    """Harvest years."""
+    inputs: tuple[Path, ...] = ()
+    """Folders of images."""
+    stac: Path | None = None
+    """Instead of folders: a file of STAC items."""
+    assets_root: Path | None = None
+    """Folder that the items' assets were downloaded to."""
+    mask: str = ""
+    """E.g. "mcd12q1:12" or "none"; "" is the sensor's default (cropland for MODIS, none for Sentinel-2)."""
+    mask_map: Path | None = None
+    """Land cover: a folder of MCD12Q1 (if it is not among the inputs), or any map for Sentinel-2."""
+    qa: str = "default"
+    """"default" drops clouds, shadows and bad retrievals; "none" keeps them, as the published pipelines do."""
+
+    def __post_init__(self) -> None:
+        if self.sensor not in SENSORS:
+            raise InputProblem(f"sensor must be one of {', '.join(SENSORS)}, got '{self.sensor}'")
+        if bool(self.inputs) == bool(self.stac):
+            raise InputProblem("give either folders of images (--inputs) or a file of STAC items (--stac)")
+        for path in (*self.inputs, *(path for path in (self.stac, self.assets_root, self.mask_map) if path)):
+            if not path.exists():
+                raise InputProblem(f"'{path}' does not exist")
+
+    def layout(self) -> HistogramLayout:
+        if self.sensor == "modis":
+            mask = {"": "mcd12q1:12", "mcd12q1": "mcd12q1:12"}.get(self.mask, self.mask)
+            return modis_layout(qa=self.qa, mask=mask)
+        return sentinel2_layout(qa=self.qa, mask=self.mask or "none")
+
+    def scenes(self) -> Sequence[Scene]:
+        """Every scene of the years. Raises InputProblem if there is none."""
+        layout = self.layout()
+        if self.stac:
+            from geo_yield.stac import read_items, stac_scenes
+
+            items = read_items(self.stac)
+            return stac_scenes(
+                items, years=self.years, layout=layout, assets_root=self.assets_root, mask_map=self.mask_map
+            )
+        if layout.sensor == SENSOR:
+            return sentinel2_scenes(self.inputs, years=self.years, layout=layout, mask_map=self.mask_map)
+        return modis_scenes(list(self.inputs), years=self.years, mask=self.mask_map)
+
+
+def prepare_files(
+    images: Images,
+    regions: Path,
+    out: Path,
+    *,
+    id_column: str | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    on_unit: OnCount | None = None,
+) -> list[Path]:
+    """Images to one histogram file per year in folder `out`; see `geo_yield.prepare.prepare_histograms`."""
+    shapes = read_regions(regions, id_column=id_column)
+    return prepare_histograms(
+        images.scenes(), shapes, images.layout(), out, engine=engine, workers=workers, on_unit=on_unit
+    )
+
+
+def join_files(
+    inputs: Path, yields: Path, *, history: str, years: Sequence[int] | None = None, crop: str | None, unit: str | None
+) -> Samples:
+    """Histograms of `inputs` joined with the yields of a table. Raises InputProblem as the readers do."""
+    table = read_yields(yields, crop=crop)
+    return join_yields(HistogramStore(inputs).read(years=years), table, history=history, crop=crop, unit=unit)
+
+
+def join_series(
+    series: Sequence[Path],
+    yields: Path,
+    *,
+    history: str,
+    id_column: str = "County",
+    year_column: str = "Year",
+    centroids: Path | None = None,
+    districts: Path | None = None,
+    district_column: str = "District",
+    crop: str | None = None,
+    unit: str | None = None,
+) -> Samples:
+    """County-mean index series joined with the yields of a table; see `read_series` for the files."""
+    inputs = read_series(series, id_column=id_column, year_column=year_column, centroids=centroids)
+    district = None
+    if districts is not None:
+        district = read_districts(districts, inputs.region_id, column=district_column, id_column=id_column)
+    table = read_yields(yields, crop=crop)
+    return join_yields(inputs, table, history=history, crop=crop, unit=unit, district=district)
+
+
+def train_files(
+    samples: Samples,
+    out: Path,
+    learning: Learning,
+    *,
+    metadata: Mapping[str, object] | None = None,
+    resume_dir: Path | None = None,
+    on_member: OnCount | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> Path:
+    """Train the ensemble on all rows with a yield and write it into folder `out`.
+
+    Unfinished trainings are kept in `resume_dir` (default: beside `out`) and removed with the end of the job.
+    """
+    own = out.with_name(f".{out.name}.training")
+    ensemble = CrossFit(
+        lambda: learning.regressor(samples, resume_dir or own, on_epoch),
+        folds=learning.members,
+        group="year",
+        level=learning.level,
+    )
+    ensemble.fit(samples, seed=learning.seed, on_member=on_member)
+    known = np.isfinite(samples.target)
+    facts = {"years": sorted(set(samples.year[known].tolist())), "rows": int(known.sum()), "learning": _plain(learning)}
+    save_model(ensemble, out, metadata=facts | dict(metadata or {}))
+    if resume_dir is None:
+        for file in own.glob("*.pt"):
+            file.unlink()
+        own.rmdir()
+    return out
+
+
+def select_operator_files(
+    samples: Samples,
+    out: Path,
+    learning: Learning,
+    *,
+    by_year: bool = False,
+    candidates: Sequence[Operator] = OPERATORS,
+    on_fit: Callable[[str, float], None] | None = None,
+) -> pd.DataFrame:
+    """Stage one of DFYP's operator selection; writes the choice as JSON to `out` and returns the validation errors."""
+    known = samples.take(np.isfinite(samples.target))
+    config, training = learning.network(known), replace(learning.training(), validation="random")
+    if by_year:
+        chosen, table = select_operators_by_year(
+            known, config, training, candidates=candidates, seed=learning.seed, on_fit=on_fit
+        )
+    else:
+        operator, table = select_operator(
+            known, config, training, candidates=candidates, seed=learning.seed, on_fit=on_fit
+        )
+        chosen = config.with_operators(operator)
+    choice = {
+        "operator": chosen.operator,
+        "operator_by_year": {str(year): name for year, name in dict(chosen.operator_by_year).items()},
+        "operator_after": chosen.operator_after,
+        "validation_rmse": table.to_dict(orient="records"),
+        "unit": samples.unit,
+    }
+    _write_json(out, choice)
+    return table
+
+
+def standard_methods(
+    samples: Samples,
+    learning: Learning,
+    *,
+    protocol: str,
+    names: Sequence[str] = METHODS,
+    test_years: Sequence[int] | None = None,
+    resume_dir: Path | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> dict[str, Callable[[], Regressor]]:
+    """Makers of the methods asked for; choices in their training rows keep together what `protocol` does."""
+    if unknown := sorted(set(names) - set(METHODS)):
+        raise InputProblem(f"no method {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}")
+    if protocol not in CALIBRATION:
+        raise InputProblem(f"no protocol '{protocol}'; there are {', '.join(CALIBRATION)}")
+    group = _inner_group(samples, protocol, learning.members, test_years)
+    every: dict[str, Callable[[], Regressor]] = {
+        "mean": MeanYield,
+        "county history": CountyHistory,
+        "county trend": CountyTrend,
+        "ridge": lambda: Ridge(group=group),
+        "ridge + history": lambda: Ridge(name="ridge + history", history="residual", group=group),
+        "random forest": RandomForest,
+        "Deep GP": lambda: DeepGaussianProcess(name="Deep GP"),
+        "DFYP": lambda: learning.regressor(samples, resume_dir, on_epoch),
+    }
+    return {name: every[name] for name in METHODS if name in names}
+
+
+def _inner_group(samples: Samples, protocol: str, members: int, test_years: Sequence[int] | None) -> str:
+    """What ridge keeps together when it chooses its penalty: seasons, unless some member sees a single one."""
+    if CALIBRATION[protocol] != "year":
+        return CALIBRATION[protocol]
+    years = sorted(set(samples.year[np.isfinite(samples.target)].tolist()))
+    first = min(test_years) if test_years else years[min(2, len(years) - 1)]
+    earlier = sum(year < first for year in years) if protocol == "leave-future-out" else len(years) - 1
+    left_out = -(-earlier // min(members or earlier, earlier)) if earlier else 0
+    return "year" if earlier - left_out >= 2 else "region"
+
+
+def evaluate_files(
+    samples: Samples,
+    out: Path,
+    learning: Learning,
+    *,
+    protocol: str = "leave-future-out",
+    names: Sequence[str] = METHODS,
+    folds: int = 5,
+    test_years: Sequence[int] | None = None,
+    simulated: bool = False,
+    on_fit: Callable[[str, str, int, int], None] | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> pd.DataFrame:
+    """Compare methods and keep the rows in `<out>/evaluation.parquet`, with what `report_files` needs beside them."""
+    methods = standard_methods(
+        samples,
+        learning,
+        protocol=protocol,
+        names=names,
+        test_years=test_years,
+        resume_dir=out / "training",
+        on_epoch=on_epoch,
+    )
+    rows = evaluate(
+        samples,
+        methods,
+        protocol=protocol,
+        test_years=test_years,
+        folds=folds,
+        members=learning.members,
+        seed=learning.seed,
+        level=learning.level,
+        resume_dir=out / "parts",
+        on_fit=on_fit,
+    )
+    _write_table(out / "evaluation.parquet", rows)
+    inputs = samples.inputs
+    facts = {
+        "crop": samples.crop,
+        "unit": samples.unit,
+        "simulated": simulated,
+        "protocol": protocol,
+        "level": learning.level,
+        "learning": _plain(learning),
+        "bands": inputs.bands if isinstance(inputs, IndexSeries) else json.loads(inputs.layout.to_json()),
+    }
+    _write_json(out / "evaluation.json", facts)
+    if not isinstance(inputs, IndexSeries):
+        seen = pd.DataFrame(
+            {
+                "region_id": inputs.region_id,
+                "year": inputs.year,
+                "valid_fraction": inputs.valid_fraction,
+                "missing_share": inputs.missing_share,
+            }
+        )
+        _write_table(out / "seen.parquet", seen)
+    return rows
+
+
+def report_files(
+    evaluation: Path,
+    out: Path,
+    *,
+    regions: Path | None = None,
+    id_column: str | None = None,
+    method: str = "DFYP",
+    reference: str = "county history",
+    done: Sequence[str] = (),
+) -> Path:
+    """Pictures and report.md in folder `out` from what `evaluate_files` left in `evaluation`."""
+    record = evaluation / "evaluation.json"
+    if not record.exists():
+        raise InputProblem(f"no evaluation in '{evaluation}'. Make one with: yield_predict.py evaluate")
+    facts = json.loads(record.read_text())
+    subject = Subject(
+        crop=facts["crop"],
+        unit=facts["unit"],
+        level=facts["level"],
+        simulated=facts["simulated"],
+        method=method,
+        reference=reference,
+    )
+    seen = evaluation / "seen.parquet"
+    return write_report(
+        pd.read_parquet(evaluation / "evaluation.parquet"),
+        subject,
+        out,
+        regions=None if regions is None else read_regions(regions, id_column=id_column),
+        done=done,
+        settings={name: facts[name] for name in ("protocol", "learning", "bands")},
+        seen=pd.read_parquet(seen) if seen.exists() else None,
+    )
+
+
+def map_predictions(predictions: Path, out: Path) -> list[Path]:
+    """A map for every season of a file that `predict_yields` wrote, as `<out>/map-<year>.png`."""
+    try:
+        table = geopandas.read_parquet(predictions)
+        run = json.loads((pq.read_schema(predictions).metadata or {})[b"geo_yield.prediction"])
+    except (OSError, ValueError, KeyError, pa.ArrowException) as problem:
+        raise InputProblem(f"'{predictions}' is no file of predictions ({type(problem).__name__})") from None
+    return [
+        draw_predictions(table[table["year"] == year], out / f"map-{year}.png", year=year, level=run["level"])
+        for year in sorted(set(table["year"].tolist()))
+    ]
+
+
+def _with_chosen(config: DFYPConfig, path: Path) -> DFYPConfig:
+    try:
+        raw = json.loads(path.read_text())
+        by_year = {int(year): name for year, name in raw["operator_by_year"].items()}
+        return replace(config.with_operators(raw["operator"], by_year), operator_after=raw["operator_after"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise InputProblem(f"'{path}' is no choice of operators made by select-operator: {problem}") from None
+
+
+def is_simulated(yields: Path) -> bool:
+    """Whether a table of yields lies in a folder that `geo_yield.simulator.simulate` wrote."""
+    return (yields.parent / "simulation.json").exists()
+
+
+def _plain(learning: Learning) -> dict[str, object]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(learning).items()}
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    table.to_parquet(partial, index=False)
+    partial.replace(path)
