@@ -276,7 +276,7 @@ def test_sentinel2_histograms_end_to_end(tmp_path):
     shapes = [shapely.box(LEFT, TOP - 240, LEFT + 100, TOP), shapely.box(LEFT + 100, TOP - 240, LEFT + 360, TOP)]
     regions = geopandas.GeoDataFrame({"region_id": ["01", "02"]}, geometry=shapes, crs="EPSG:32615")
     results = []
-    for block in (2048, 5):
+    for block in (1830, 5):
         scenes = sentinel2_scenes([tmp_path / "images"], years=[2022], layout=layout, block=block)
         (file,) = prepare_histograms(scenes, regions, layout, tmp_path / f"out{block}", workers=1)
         results.append(HistogramStore(file).read())

@@ -364,12 +364,26 @@ def test_text_that_is_no_json_is_an_input_problem(tmp_path, text):
         read_items(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("change", [{"proj:epsg": "nowhere"}, {"s2:processing_baseline": "new"}])
-def test_malformed_fields_are_an_input_problem(tmp_path, change):
+def test_a_time_with_another_offset_is_turned_to_utc(tmp_path):
+    raw = raw_item(datetime="2022-06-05T01:09:01+08:00")
+    assert read_items(saved(tmp_path / "i.json", raw))[0].start == datetime(2022, 6, 4, 17, 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "bands", "message"),
+    [
+        ({"proj:epsg": "nowhere"}, "keep", "projection fields"),
+        ({"s2:processing_baseline": "new"}, None, "version like"),
+        ({"eo:cloud_cover": "cloudy"}, "keep", "expected per cent"),
+        ({}, [{"offset": "low"}], "no number"),
+        ({}, [{"offset": -0.1, "scale": 0}], "no number"),
+        ({"s2:processing_baseline": None}, [], "does not tell its processing baseline"),
+    ],
+)
+def test_malformed_fields_are_an_input_problem(tmp_path, change, bands, message):
     raw = raw_item(**change)
-    if "proj:epsg" not in change:
-        for asset in raw["assets"].values():
-            del asset["raster:bands"]
+    for asset in raw["assets"].values():
+        asset["raster:bands"] = asset["raster:bands"] if bands == "keep" else bands
     write_assets(tmp_path / raw["id"])
-    with pytest.raises(InputProblem, match="projection fields|version like"):
+    with pytest.raises(InputProblem, match=message):
         sentinel2_products(read_items(saved(tmp_path / "i.json", raw)), assets_root=tmp_path)

@@ -13,7 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -62,6 +62,8 @@ class Item:
     def cloud_cover(self) -> float | None:
         """Per cent, None where the catalogue does not say."""
         value = self.properties.get("eo:cloud_cover")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputProblem(f"item '{self.id}' has eo:cloud_cover {value!r}, expected per cent")
         return None if value is None else float(value)
 
     @property
@@ -117,7 +119,7 @@ def _item(raw: Any, file: Path | None) -> Item:
         raise InputProblem(f"item '{name}' in {where} needs a bbox of 4 or 6 numbers, got {bbox}")
     time = str(properties.get("datetime") or properties.get("start_datetime"))
     try:
-        start = datetime.fromisoformat(time).replace(tzinfo=None)
+        start = datetime.fromisoformat(time)
     except ValueError:
         raise InputProblem(
             f"item '{name}' in {where} has datetime '{time}', expected one like 2022-06-04T17:09:01Z"
@@ -125,7 +127,7 @@ def _item(raw: Any, file: Path | None) -> Item:
     return Item(
         id=name,
         collection=raw.get("collection") or "",
-        start=start,
+        start=(start.astimezone(UTC) if start.tzinfo else start).replace(tzinfo=None),
         bbox=tuple(map(float, bbox)),
         properties=properties,
         assets=assets,
@@ -284,7 +286,7 @@ def _tile(item: Item) -> str:
     for prefix, zone in (("mgrs", "mgrs:utm_zone"), ("sentinel", "sentinel:utm_zone")):
         if zone in known:
             square = f"{known.get(f'{prefix}:latitude_band')}{known.get(f'{prefix}:grid_square')}"
-            return f"{int(known[zone]):02d}{square}"
+            return f"{str(known[zone]).zfill(2)}{square}"
     return item.id
 
 
@@ -331,11 +333,14 @@ def item_offsets(item: Item, *, assets_root: Path | None = None, asked: float | 
 
 def _raster_offset(asset: Mapping[str, Any]) -> float | None:
     """The listed offset in digital numbers: raster:bands of STAC 1.0, raster:offset of 1.1."""
-    described = [*asset.get("raster:bands", []), *asset.get("bands", []), asset]
+    described = [*(asset.get("raster:bands") or []), *(asset.get("bands") or []), asset]
     for band in described:
         for prefix in ("", "raster:"):
             if f"{prefix}offset" in band:
-                return round(float(band[f"{prefix}offset"]) / float(band.get(f"{prefix}scale", 1e-4)), 3)
+                try:
+                    return round(float(band[f"{prefix}offset"]) / float(band.get(f"{prefix}scale", 1e-4)), 3)
+                except (TypeError, ValueError, ZeroDivisionError):
+                    raise InputProblem(f"asset '{asset['href']}' lists an offset or scale that is no number") from None
     return None
 
 
