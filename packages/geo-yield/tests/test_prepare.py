@@ -32,7 +32,7 @@ LAYOUT = HistogramLayout(
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScene:
-    """Values of a seed; the grid is tile 0 or 1, side by side. The first reading kills its process if there is `deadly`."""
+    """Values of a seed; the grid is tile 0 or 1, side by side. The first read leaves `deadly` and kills its process."""
 
     tile: int
     year: int
@@ -196,10 +196,6 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         run_units(len, ["a"], workers=0)
 
 
-def test_units_in_processes_come_back_with_their_place():
-    assert dict(run_units(len, ["a", "bcd", "", "ef"], workers=2)) == {0: 1, 1: 3, 2: 0, 3: 2}
-
-
 @pytest.fixture
 def importable(tmp_path, monkeypatch):
     """This file as a module that workers can import by name."""
@@ -223,6 +219,10 @@ def test_two_workers_one_of_them_killed_give_the_same_bytes(tmp_path, importable
     files = prepare_histograms(scenes, regions_of(), LAYOUT, tmp_path / "two", engine=engine, workers=2)
     assert (tmp_path / "died").exists() == killed
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in expected]
+
+
+def test_units_in_processes_come_back_with_their_place():
+    assert dict(run_units(len, ["a", "bcd", "", "ef"], workers=2)) == {0: 1, 1: 3, 2: 0, 3: 2}
 
 
 @dataclass(frozen=True, kw_only=True)
