@@ -7,19 +7,20 @@ functional-indices (without a licence, so they are not kept here). Yields come f
 own file also holds values they imputed. Writes illinois.json, illinois.md and illinois.png to `results/`; every
 finished (protocol, fold, method) is kept in --parts, so a second run goes on where the first stopped.
 
-Chosen inside the training rows of each fold: ridge penalties, index limits, band means, the line through history,
-target scale, every interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel,
-`TrainConfig.small`; its 16 bins and batches of 16 instead of 32 are for speed (a value is spread over its two nearest
-bins, so its mean bin is the value, whatever their number). Copies: five under spatial folds, else one for each
-left-out season.
+Chosen inside the training rows of each fold: DFYP's number of steps (60, 120 or 300, by the errors on left-out
+counties or seasons), ridge penalties, index limits, band means, the line through history, target scale, every
+interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; its 16 bins
+and batches of 16 instead of 32 are for speed (a value is spread over its two nearest bins, so its mean bin is the
+value, whatever their number). Copies: five under spatial folds, else one for each left-out season.
 """
 
 import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,15 @@ from geo_yield.baselines import (
     RandomForest,
     Ridge,
 )
-from geo_yield.crossfit import Regressor
 from geo_yield.dfyp import DFYPConfig
-from geo_yield.evaluation import CALIBRATION, bootstrap_rmse, evaluate, paired_bootstrap, summarise
+from geo_yield.evaluation import CALIBRATION, Maker, bootstrap_rmse, evaluate, paired_bootstrap, summarise
 from geo_yield.samples import Samples
 from geo_yield.series import series_samples
 from geo_yield.training import DFYPRegressor, TrainConfig
 
 PROTOCOLS = ("spatial", "leave-one-year-out")
 SERIES = ("ri", "evi", "ndvi", "savi")
-BINS, BATCH, STEPS = 16, 16, 300
+BINS, BATCH, STEPS = 16, 16, (60, 120, 300)
 DFYP, IMAGES_ONLY, RIVAL, STRONGEST = "DFYP + history", "DFYP", "ridge + history", "ridge on what history leaves"
 SEED, LEVEL = 0, 0.9
 
@@ -65,11 +65,11 @@ def read_samples(data: Path) -> Samples:
     )
 
 
-def methods_for(protocol: str) -> dict[str, Callable[[], Regressor]]:
+def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
     """Every method by the name it has in the table; ridge chooses its penalty in folds cut as the protocol cuts."""
     group = CALIBRATION[protocol]
     model = replace(DFYPConfig.small(7, operator="sobel"), bins=BINS)
-    images = replace(TrainConfig.small(max_steps=STEPS), batch_size=BATCH)
+    trainings = [replace(TrainConfig.small(max_steps=steps), batch_size=BATCH) for steps in STEPS]
     return {
         "mean of the training rows": MeanYield,
         "county history, as it is": CountyHistory,
@@ -80,15 +80,15 @@ def methods_for(protocol: str) -> dict[str, Callable[[], Regressor]]:
         STRONGEST: lambda: Ridge(history="residual", group=group),
         "random forest": RandomForest,
         "random forest + history": lambda: RandomForest(history="feature"),
-        DFYP: lambda: DFYPRegressor(model, replace(images, history="residual"), name=DFYP),
-        IMAGES_ONLY: lambda: DFYPRegressor(model, images, name=IMAGES_ONLY),
-        "Deep GP": lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=STEPS),
+        DFYP: [partial(DFYPRegressor, model, replace(t, history="residual"), name=DFYP) for t in trainings],
+        IMAGES_ONLY: [partial(DFYPRegressor, model, training, name=IMAGES_ONLY) for training in trainings],
+        "Deep GP": lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=max(STEPS)),
     }
 
 
 def published_anchors(samples: Samples) -> pd.DataFrame:
     """Single fits as the set's earlier anchors were computed: penalty 300, history as one more column."""
-    methods: dict[str, Callable[[], Regressor]] = {
+    methods: dict[str, Maker] = {
         "mean": MeanYield,
         "history": HistoryLine,
         "ridge, penalty 300": lambda: Ridge(penalties=(300.0,)),
@@ -195,10 +195,10 @@ def draw(rows: pd.DataFrame, table: pd.DataFrame, out: Path) -> None:
     figure.suptitle(
         "Soybean yield of Illinois counties, 2018-2021: DFYP on weekly HLS indices, real data", weight="bold"
     )
-    partial = out.with_suffix(".partial.png")
+    unfinished = out.with_suffix(".partial.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial, dpi=130)
-    partial.replace(out)
+    figure.savefig(unfinished, dpi=130)
+    unfinished.replace(out)
 
 
 def scatter(panel, rows: pd.DataFrame, title: str) -> None:
@@ -245,9 +245,9 @@ def bars(panel, table: pd.DataFrame) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def main() -> None:

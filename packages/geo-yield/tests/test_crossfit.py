@@ -148,13 +148,32 @@ def test_fewer_groups_than_folds_give_one_fold_each():
     assert [int(mask.sum()) for mask in masks] == [6, 6, 6]
 
 
+def test_of_several_candidates_the_one_that_errs_least_on_left_out_rows_is_kept():
+    rows = samples()
+    makers = [MeanYield, ridge, lambda: Ridge(penalties=(1e6,))]
+    heard = []
+    model = CrossFit(makers, folds=3)
+    model.fit(rows, seed=0, on_member=lambda done, total: heard.append((done, total)))
+    assert heard == [(i + 1, 9) for i in range(9)]
+    alone = CrossFit(ridge, folds=3)
+    alone.fit(rows, seed=0)
+    assert model.chosen == 1
+    assert (model.predict(rows).mean == alone.predict(rows).mean).all()
+    assert (model.scores == alone.scores).all()
+    noise = rows.replace(target=np.random.default_rng(5).normal(30, 3, len(rows)).astype(np.float32))
+    model.fit(noise, seed=0)
+    assert model.chosen != 1  # nothing to learn: the mean, or the penalty that makes it one
+    with pytest.raises(InputProblem, match="got no candidate"):
+        CrossFit([])
+
+
 def test_misuse_is_refused():
     rows = samples(5, years=(2015,))
     with pytest.raises(InputProblem, match="at least 1 fold, got 0"):
         CrossFit(ridge, folds=0)
     with pytest.raises(InputProblem, match="folds can be made by random, year, region, district, got 'county'"):
         CrossFit(ridge, group="county")
-    with pytest.raises(InputProblem, match="level of an interval lies between 0 and 1"):
+    with pytest.raises(InputProblem, match="an interval's level lies between 0 and 1"):
         CrossFit(ridge, level=90)
     with pytest.raises(InputProblem, match=r"5 rows with a known yield in 1 year group\(s\) cannot be split"):
         CrossFit(ridge, group="year").fit(rows, seed=0)

@@ -269,6 +269,15 @@ def _stop_after(fold, last):
         raise KeyboardInterrupt
 
 
+def test_candidates_are_chosen_among_and_need_members():
+    rows = samples()
+    both = {"either": [MeanYield, METHODS["ridge"]], "ridge": METHODS["ridge"]}
+    found = evaluate(rows, both, protocol="spatial", folds=3, members=3).set_index("method")["prediction"]
+    assert (found["either"].to_numpy() == found["ridge"].to_numpy()).all()
+    with pytest.raises(InputProblem, match="choosing among candidates needs left-out rows"):
+        evaluate(rows, both, protocol="spatial", folds=3, members=0)
+
+
 def test_description_follows_settings_and_not_addresses():
     assert describe(Ridge()) == describe(Ridge())
     assert describe(Ridge()) != describe(Ridge(history="feature"))

@@ -7,13 +7,14 @@ plus or minus a quantile of those scores. On new rows exchangeable with the fold
 Vovk, "Cross-conformal predictors", Annals of Mathematics and Artificial Intelligence 74 (2015); K = 1 with one held-out
 part is split conformal (Papadopoulos et al., ECML 2002), whose coverage is guaranteed.
 Decided here: folds may keep whole years or whole regions together, because the rows of one season share their weather:
-an interval for a season nobody has seen has to be calibrated on left-out seasons.
+an interval for a season nobody has seen has to be calibrated on left-out seasons. The same left-out errors choose among
+candidates, if several are given; the choice is made once for all members, so its effect on the interval is small.
 
 Shapes: N rows, K members.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,40 +56,57 @@ class Prediction:
 
 
 class CrossFit:
-    """K regressors, each fitted without one fold, with the interval that their left-out errors support."""
+    """K regressors, each fitted without one fold, with the interval that their left-out errors support.
+
+    make: makes an unfitted regressor; several are candidates, of which `fit` keeps one.
+    """
 
     def __init__(
-        self, make: Callable[[], Regressor], *, folds: int = 5, group: str = "random", level: float = 0.9
+        self,
+        make: Callable[[], Regressor] | Sequence[Callable[[], Regressor]],
+        *,
+        folds: int = 5,
+        group: str = "random",
+        level: float = 0.9,
     ) -> None:
         if folds < 1:
             raise InputProblem(f"an ensemble needs at least 1 fold, got {folds}")
         if group not in GROUPS:
             raise InputProblem(f"folds can be made by {', '.join(GROUPS)}, got '{group}'")
         if not 0 < level < 1:
-            raise InputProblem(
-                f"the level of an interval lies between 0 and 1 (0.9 covers nine rows in ten), got {level}"
-            )
-        self.make, self.folds, self.group, self.level = make, folds, group, level
+            raise InputProblem(f"an interval's level lies between 0 and 1 (0.9 covers nine rows in ten), got {level}")
+        self.candidates = (make,) if callable(make) else tuple(make)
+        if not self.candidates:
+            raise InputProblem("an ensemble needs something to make its members with, got no candidate")
+        self.folds, self.group, self.level = folds, group, level
         self.members: list[Regressor] = []
         self.scores = np.empty(0, np.float32)
+        self.chosen = 0
 
     def fit(self, samples: Samples, *, seed: int, on_member: Callable[[int, int], None] | None = None) -> None:
         """Fit the members on the rows whose yield is known; member k starts from seed + k.
 
-        on_member(done, total) is called after each. Raises InputProblem if the rows hold fewer than two groups.
+        Of several candidates the one with the smallest mean squared score is kept, and `chosen` says which: a choice
+        made on rows left out of the training rows. on_member(done, total) is called after each fit.
+        Raises InputProblem if the rows hold fewer than two groups.
         """
         known = samples.take(np.isfinite(samples.target))
         held_out = held_out_parts(known, folds=self.folds, group=self.group, seed=seed)
-        members, scores = [], []
-        for k, part in enumerate(held_out):
-            member = self.make()
-            member.fit(known.take(~part), seed=seed + k)
-            left_out = known.take(part)
-            scores.append(np.abs(left_out.target - member.predict(without_target(left_out))))
-            members.append(member)
-            if on_member is not None:
-                on_member(k + 1, len(held_out))
-        self.members, self.scores = members, np.concatenate(scores).astype(np.float32)
+        total, best = len(self.candidates) * len(held_out), float("inf")
+        for i, make in enumerate(self.candidates):
+            members, scores = [], []
+            for k, part in enumerate(held_out):
+                member = make()
+                member.fit(known.take(~part), seed=seed + k)
+                left_out = known.take(part)
+                scores.append(np.abs(left_out.target - member.predict(without_target(left_out))))
+                members.append(member)
+                if on_member is not None:
+                    on_member(i * len(held_out) + k + 1, total)
+            error = float(np.mean(np.square(np.concatenate(scores), dtype=np.float64)))
+            if error < best:
+                best, self.chosen, self.members = error, i, members
+                self.scores = np.concatenate(scores).astype(np.float32)
 
     def predict(self, samples: Samples) -> Prediction:
         """Mean, spread and interval of every row. Raises InputProblem before `fit`."""

@@ -52,9 +52,12 @@ class Fold:
     test: Bool[np.ndarray, "N"]
 
 
+Maker = Callable[[], Regressor]
+
+
 def evaluate(
     samples: Samples,
-    methods: Mapping[str, Callable[[], Regressor]],
+    methods: Mapping[str, Maker | Sequence[Maker]],
     *,
     protocol: str = "leave-future-out",
     test_years: Sequence[int] | None = None,
@@ -67,8 +70,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Predict every row by every method from models that have not seen its fold.
 
-    methods: name -> function that makes an unfitted regressor. folds: spatial folds. members: copies in each CrossFit;
-    0 fits each method once on all training rows and gives no interval. test_years restricts temporal protocols.
+    methods: name -> function that makes an unfitted regressor, or several functions: `CrossFit` then chooses one in the
+    training rows of each fold. folds: spatial folds. members: copies in each CrossFit; 0 fits each method once on all
+    training rows and gives no interval. test_years restricts temporal protocols.
     resume_dir: finished (protocol, fold, method) parts are kept there and not computed again while data and settings
     stay the same. on_fit(fold, method, done, total) is called after each part.
     Returns columns protocol, region_id, year, fold, method, truth, prediction, spread, lower, upper (in samples.unit).
@@ -80,7 +84,7 @@ def evaluate(
     total, parts = len(splits) * len(methods), []
     for fold in splits:
         for method, make in methods.items():
-            settings = (protocol, fold.name, method, members, seed, level, describe(make()))
+            settings = (protocol, fold.name, method, members, seed, level, _describe_all(make))
             path = None if resume_dir is None else Path(resume_dir) / f"{_slug(protocol, fold.name, method)}.parquet"
             fingerprint = "" if path is None else _fingerprint(samples, fold, settings)
             part = None if path is None else _read_part(path, fingerprint)
@@ -152,7 +156,7 @@ def _refuse_leaking_history(samples: Samples, protocol: str) -> None:
 def _predict_fold(
     samples: Samples,
     fold: Fold,
-    make: Callable[[], Regressor],
+    make: Maker | Sequence[Maker],
     *,
     protocol: str,
     members: int,
@@ -173,6 +177,8 @@ def _predict_fold(
         said = model.predict(test)
         columns |= {"prediction": said.mean, "spread": said.spread, "lower": said.lower, "upper": said.upper}
     else:
+        if not callable(make):
+            raise InputProblem("choosing among candidates needs left-out rows: set members to 1 or more")
         single = make()
         single.fit(train, seed=seed)
         columns |= {"prediction": single.predict(test)} | dict.fromkeys(
@@ -312,6 +318,10 @@ def describe(regressor: Regressor) -> str:
     settings = sorted(getattr(regressor, "__dict__", {}).items())
     kept = [(name, repr(value)) for name, value in settings if not callable(value) and not isinstance(value, Path)]
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(regressor).__qualname__} {regressor.name} {kept}")
+
+
+def _describe_all(make: Maker | Sequence[Maker]) -> str:
+    return describe(make()) if callable(make) else " | ".join(describe(candidate()) for candidate in make)
 
 
 def _fingerprint(samples: Samples, fold: Fold, settings: tuple[object, ...]) -> str:
