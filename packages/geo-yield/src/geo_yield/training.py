@@ -103,6 +103,11 @@ class TrainConfig:
             history=history,
         )
 
+    @classmethod
+    def sentinel2(cls) -> "TrainConfig":
+        """The paper's for chips: weight decay 1e-5. Eight counties per update are ours; the paper has one."""
+        return cls(weight_decay=1e-5, batch_size=8)
+
     def epochs(self, rows: int) -> int:
         """Epochs for a training set of `rows`, the validation rows among them."""
         return max(int(self.max_steps / (rows / self.batch_size)), 1)
