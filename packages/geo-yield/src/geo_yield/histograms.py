@@ -111,7 +111,10 @@ class YieldTensor:
 
     @property
     def valid_fraction(self) -> Float32[np.ndarray, "N"]:
-        """Share of the region's pixels x composites that were valid, mean over bands; 0 for a region without pixels."""
+        """Valid looks per pixel and composite, mean over bands; 0 for a region without pixels.
+
+        With one look per composite (MODIS) the share of pixels that were seen; above 1 where looks add up (Sentinel-2).
+        """
         seen = self.valid_count.mean(axis=(1, 2))
         return (seen / np.maximum(self.pixel_count, 1)).astype(np.float32)
 
