@@ -198,6 +198,7 @@ def train(
     history: History = Past.residual,
     operators: Operators = None,
     seed: Seed = 0,
+    workers: Workers = None,
     out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("model"),
 ) -> None:
     """Train an ensemble of DFYP networks with calibrated intervals. A stopped training goes on where it was.
@@ -213,7 +214,7 @@ def train(
         inputs, yields, history="previous-years", years=_years(years) if years else None, crop=crop, unit=unit
     )
     with _counting("train networks") as count:
-        typer.echo(train_files(samples, out, learning, on_member=count))
+        typer.echo(train_files(samples, out, learning, workers=workers, on_member=count))
 
 
 @app.command("select-operator")
@@ -270,8 +271,7 @@ def evaluate(
     unit: Unit = None,
     series_id: Annotated[str, typer.Option(help="Column of --series with the region.")] = "County",
     series_year: Annotated[str, typer.Option(help="Column of --series with the year.")] = "Year",
-    districts: Annotated[Path | None, typer.Option(help="CSV of region and district, for spatial-district.")] = None,
-    district_column: Annotated[str, typer.Option(help="Column of --districts with the district.")] = "District",
+    district_column: Annotated[str | None, typer.Option(help="Column of --series with the district.")] = None,
     centroids: Annotated[
         Path | None, typer.Option(help="CSV of region, longitude, latitude: needed by the Deep GP.")
     ] = None,
@@ -281,6 +281,7 @@ def evaluate(
     history: History = Past.residual,
     operators: Operators = None,
     seed: Seed = 0,
+    workers: Workers = None,
     out: Annotated[Path, typer.Option(help="Folder for the rows; finished fits are not repeated.")] = Path(
         "evaluation"
     ),
@@ -291,33 +292,34 @@ def evaluate(
 
     Example:  yield_predict.py evaluate --series ndvi.csv --series evi.csv --yields nass.csv --protocol spatial
     """
-    from geo_yield.jobs import METHODS, Learning, evaluate_files, is_simulated, join_files, join_series
+    from geo_yield.evaluation import history_for
+    from geo_yield.jobs import METHODS, Learning, evaluate_files, is_simulated, join_files
     from geo_yield.report import skill_table
+    from geo_yield.series import series_samples
 
     if (inputs is None) == (not series):
         raise InputProblem("give either --inputs (histograms) or --series (CSV of county-mean indices)")
     learning = Learning(
         size=size.value, steps=steps, members=members, history=history.value, operators=operators, seed=seed
     )
-    past = "previous-years" if protocol is Protocol.leave_future_out else "before-first-season"
+    past = history_for(protocol.value)
     if inputs is not None:
         wanted = _years(years) if years else None
         samples = join_files(inputs, yields, history=past, years=wanted, crop=crop, unit=unit)
     else:
-        samples = join_series(
+        samples = series_samples(
             series or [],
             yields,
             history=past,
             id_column=series_id,
             year_column=series_year,
             centroids=centroids,
-            districts=districts,
             district_column=district_column,
             crop=crop,
             unit=unit,
         )
     with _progress() as progress:
-        task = progress.add_task("fit", total=None)
+        networks, task = progress.add_task("train networks", total=None), progress.add_task("fit", total=None)
         rows = evaluate_files(
             samples,
             out,
@@ -327,6 +329,10 @@ def evaluate(
             folds=folds,
             test_years=_years(test_years) if test_years else None,
             simulated=is_simulated(yields),
+            workers=workers,
+            on_member=lambda fold, done, total: progress.update(
+                networks, completed=done, total=total, description=f"{fold}: train networks"
+            ),
             on_fit=lambda fold, method, done, total: progress.update(
                 task, completed=done, total=total, description=f"{fold}: {method}"
             ),

@@ -67,6 +67,8 @@ def demo(out: Path, plan: DemoPlan, *, on_step: OnStep | None = None) -> Demo:
         plan.learning,
         test_years=[last],
         simulated=True,
+        workers=plan.workers,
+        on_member=lambda _, done, total: tell("train DFYP networks", done, total),
         on_fit=lambda _, method, done, total: tell(f"compare methods ({method})", done, total),
     )
     earlier = samples.take(samples.year < last)

@@ -9,8 +9,10 @@ the `simulation.json` of `geo_yield.simulator` are simulated, and what is made f
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +24,11 @@ import pyarrow.parquet as pq
 
 from geo_yield.baselines import CountyHistory, CountyTrend, DeepGaussianProcess, MeanYield, RandomForest, Ridge
 from geo_yield.checkpoint import save_model
-from geo_yield.crossfit import CrossFit, Regressor
+from geo_yield.crossfit import CrossFit, Regressor, held_out_parts
 from geo_yield.dfyp import OPERATORS, DFYPConfig, Operator
+from geo_yield.engine import run_units
 from geo_yield.errors import InputProblem
-from geo_yield.evaluation import CALIBRATION, evaluate
+from geo_yield.evaluation import CALIBRATION, evaluate, make_folds
 from geo_yield.histograms import HistogramLayout, HistogramStore
 from geo_yield.modis import modis_layout, modis_scenes
 from geo_yield.prepare import prepare_histograms
@@ -35,10 +38,8 @@ from geo_yield.samples import IndexSeries, Samples
 from geo_yield.scaling import History
 from geo_yield.scenes import Scene
 from geo_yield.sentinel2 import SENSOR, sentinel2_layout, sentinel2_scenes
-from geo_yield.series import read_districts, read_series
 from geo_yield.training import (
     DFYPRegressor,
-    EpochReport,
     TrainConfig,
     select_operator,
     select_operators_by_year,
@@ -90,17 +91,9 @@ class Learning:
         config = TrainConfig.small(history=self.history, max_steps=self.steps)
         return replace(config, validation="random") if self.candidates else config
 
-    def regressor(
-        self, samples: Samples, resume_dir: Path | None = None, on_epoch: Callable[[EpochReport], None] | None = None
-    ) -> DFYPRegressor:
+    def regressor(self, samples: Samples, resume_dir: Path | None = None) -> DFYPRegressor:
         """An untrained DFYP for rows like `samples`; trainings that finished in `resume_dir` are not repeated."""
-        return DFYPRegressor(
-            self.network(samples),
-            self.training(),
-            candidates=self.candidates,
-            resume_dir=resume_dir,
-            on_epoch=on_epoch,
-        )
+        return DFYPRegressor(self.network(samples), self.training(), candidates=self.candidates, resume_dir=resume_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,26 +172,45 @@ def join_files(
     return join_yields(HistogramStore(inputs).read(years=years), table, history=history, crop=crop, unit=unit)
 
 
-def join_series(
-    series: Sequence[Path],
-    yields: Path,
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """One network to train in a process of its own."""
+
+    samples: Samples
+    learning: Learning
+    resume_dir: Path
+    seed: int
+
+
+def train_members(
+    samples: Samples,
+    learning: Learning,
     *,
-    history: str,
-    id_column: str = "County",
-    year_column: str = "Year",
-    centroids: Path | None = None,
-    districts: Path | None = None,
-    district_column: str = "District",
-    crop: str | None = None,
-    unit: str | None = None,
-) -> Samples:
-    """County-mean index series joined with the yields of a table; see `read_series` for the files."""
-    inputs = read_series(series, id_column=id_column, year_column=year_column, centroids=centroids)
-    district = None
-    if districts is not None:
-        district = read_districts(districts, inputs.region_id, column=district_column, id_column=id_column)
-    table = read_yields(yields, crop=crop)
-    return join_yields(inputs, table, history=history, crop=crop, unit=unit, district=district)
+    group: str,
+    resume_dir: Path,
+    workers: int | None = None,
+    on_member: OnCount | None = None,
+) -> None:
+    """Train the networks that a `CrossFit` of these settings needs, several at a time; it finds them in `resume_dir`.
+
+    A small network on small batches gains nothing from a second processor, a second network does. Does nothing for the
+    paper's network, and where every fit chooses an operator first: `CrossFit` trains these itself.
+    """
+    if learning.size != "small" or learning.candidates:
+        return
+    known = samples.take(np.isfinite(samples.target))
+    parts = held_out_parts(known, folds=learning.members, group=group, seed=learning.seed)
+    units = [
+        _Member(samples=known.take(~part), learning=learning, resume_dir=resume_dir, seed=learning.seed + k)
+        for k, part in enumerate(parts)
+    ]
+    for done, _ in enumerate(run_units(_train_member, units, workers=workers), 1):
+        if on_member:
+            on_member(done, len(units))
+
+
+def _train_member(unit: _Member) -> None:
+    unit.learning.regressor(unit.samples, unit.resume_dir).fit(unit.samples, seed=unit.seed)
 
 
 def train_files(
@@ -208,28 +220,27 @@ def train_files(
     *,
     metadata: Mapping[str, object] | None = None,
     resume_dir: Path | None = None,
+    workers: int | None = None,
     on_member: OnCount | None = None,
-    on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> Path:
     """Train the ensemble on all rows with a yield and write it into folder `out`.
 
-    Unfinished trainings are kept in `resume_dir` (default: beside `out`) and removed with the end of the job.
+    The networks leave out whole seasons in turn, or regions if there is one season only. Unfinished trainings are kept
+    in `resume_dir`, by default beside `out` until the job is done.
     """
-    own = out.with_name(f".{out.name}.training")
-    ensemble = CrossFit(
-        lambda: learning.regressor(samples, resume_dir or own, on_epoch),
-        folds=learning.members,
-        group="year",
-        level=learning.level,
-    )
-    ensemble.fit(samples, seed=learning.seed, on_member=on_member)
+    folder = resume_dir or out.with_name(f".{out.name}.training")
     known = np.isfinite(samples.target)
+    group = "year" if len(set(samples.year[known].tolist())) > 1 else "region"
+    if resume_dir is None:
+        train_members(samples, learning, group=group, resume_dir=folder, workers=workers, on_member=on_member)
+    ensemble = CrossFit(
+        lambda: learning.regressor(samples, folder), folds=learning.members, group=group, level=learning.level
+    )
+    ensemble.fit(samples, seed=learning.seed)
     facts = {"years": sorted(set(samples.year[known].tolist())), "rows": int(known.sum()), "learning": _plain(learning)}
     save_model(ensemble, out, metadata=facts | dict(metadata or {}))
     if resume_dir is None:
-        for file in own.glob("*.pt"):
-            file.unlink()
-        own.rmdir()
+        shutil.rmtree(folder)
     return out
 
 
@@ -273,7 +284,6 @@ def standard_methods(
     names: Sequence[str] = METHODS,
     test_years: Sequence[int] | None = None,
     resume_dir: Path | None = None,
-    on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> dict[str, Callable[[], Regressor]]:
     """Makers of the methods asked for; choices in their training rows keep together what `protocol` does."""
     if unknown := sorted(set(names) - set(METHODS)):
@@ -289,7 +299,7 @@ def standard_methods(
         "ridge + history": lambda: Ridge(name="ridge + history", history="residual", group=group),
         "random forest": RandomForest,
         "Deep GP": lambda: DeepGaussianProcess(name="Deep GP"),
-        "DFYP": lambda: learning.regressor(samples, resume_dir, on_epoch),
+        "DFYP": lambda: learning.regressor(samples, resume_dir),
     }
     return {name: every[name] for name in METHODS if name in names}
 
@@ -315,19 +325,35 @@ def evaluate_files(
     folds: int = 5,
     test_years: Sequence[int] | None = None,
     simulated: bool = False,
+    workers: int | None = None,
+    on_member: Callable[[str, int, int], None] | None = None,
     on_fit: Callable[[str, str, int, int], None] | None = None,
-    on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> pd.DataFrame:
-    """Compare methods and keep the rows in `<out>/evaluation.parquet`, with what `report_files` needs beside them."""
+    """Compare methods and keep the rows in `<out>/evaluation.parquet`, with what `report_files` needs.
+
+    DFYP's networks are trained first, `workers` at a time: on_member(fold, done, total). Then every method of each fold
+    is fitted and asked: on_fit(fold, method, done, total).
+    """
+    training = out / "training"
     methods = standard_methods(
         samples,
         learning,
         protocol=protocol,
         names=names,
         test_years=test_years,
-        resume_dir=out / "training",
-        on_epoch=on_epoch,
+        resume_dir=training,
     )
+    if "DFYP" in names and not (out / "evaluation.parquet").exists():
+        known = samples.take(np.isfinite(samples.target))
+        for fold in make_folds(known, protocol=protocol, folds=folds, seed=learning.seed, test_years=test_years):
+            train_members(
+                known.take(fold.train),
+                learning,
+                group=CALIBRATION[protocol],
+                resume_dir=training,
+                workers=workers,
+                on_member=None if on_member is None else partial(on_member, fold.name),
+            )
     rows = evaluate(
         samples,
         methods,
@@ -433,13 +459,13 @@ def _plain(learning: Learning) -> dict[str, object]:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    table.to_parquet(partial, index=False)
-    partial.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
