@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the one of the tensor's device, or the one that `backend` forces for a while.
 
-The reference is not looked up here: it is plain differentiable torch and runs in place of the registered op, so an op's
-face asks for `forced == "reference"` itself. `cpu` and `triton` are looked up below the registered boundary, at run time,
-so a compiled graph obeys `backend` too.
+The reference is not looked up here: it is plain differentiable torch and runs in place of the registered op, so an
+op's face asks for `forced == "reference"` itself. `cpu` and `triton` are looked up below the registered boundary, at
+run time, so a compiled graph obeys `backend` too.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def implementation(op: str, tensor: Tensor) -> Implementation:
-    """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: Triton is touched by nobody who does not need it."""
+    """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: who does not need Triton does not need it here."""
     name = forced or _OF_DEVICE[tensor.device.type]
     module = importlib.import_module(f"shared_kernels.{op}.{name}")
     if name == "triton" and tensor.device.type == "cpu":

@@ -9,6 +9,9 @@ Decided here: the registered op knows `edge * magnitude + keep * x` only, with e
 float32 at least, also under autocast.
 """
 
+import math
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +30,7 @@ def _forward(x: Tensor, kernel_x: Tensor, kernel_y: Tensor, edge: Tensor, keep: 
 
 
 @_forward.register_fake
-def _(x: Tensor, kernel_x: Tensor, kernel_y: Tensor, edge: Tensor, keep: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, *_: Tensor | float) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -47,25 +50,16 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    d_out: Tensor,
-    x: Tensor,
-    kernel_x: Tensor,
-    kernel_y: Tensor,
-    edge: Tensor,
-    keep: Tensor,
-    eps: float,
-    kernels_too: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *(t.new_empty(t.shape) for t in (kernel_x, kernel_y, edge, keep))  # type: ignore[return-value]
+def _(_: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in inputs[:5])
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, d_out):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     kernels_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # fixed kernels spare 18 sums over the image
     return *_backward(d_out, *ctx.saved_tensors, ctx.eps, kernels_too), None
 
@@ -74,14 +68,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.shared_kernels.stencil_blend)
-def _flops(x_shape, *_, out_shape=None, **__) -> int:  # type: ignore[no-untyped-def]
-    return _FLOPS_OF_CORRELATIONS * torch.Size(x_shape).numel()
+def _flops(x_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return _FLOPS_OF_CORRELATIONS * math.prod(x_shape)
 
 
 @register_flop_formula(torch.ops.shared_kernels.stencil_blend_backward)
-def _backward_flops(d_shape, x_shape, kx, ky, edge, keep, eps, kernels_too, **_) -> int:  # type: ignore[no-untyped-def]
-    # the forward correlations again, their transposes, and the kernels' gradients
-    return (3 if kernels_too else 2) * _FLOPS_OF_CORRELATIONS * torch.Size(x_shape).numel()
+def _backward_flops(x_shape: torch.Size, *rest: Any, **_: Any) -> int:
+    # the forward correlations again, their transposes, and perhaps the gradients of the kernels
+    return (3 if rest[-1] else 2) * _FLOPS_OF_CORRELATIONS * math.prod(x_shape)
 
 
 def stencil_blend(
