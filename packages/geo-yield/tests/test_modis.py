@@ -12,6 +12,8 @@ import pytest
 import rasterio
 import shapely
 from affine import Affine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from geo_yield.errors import InputProblem
 from geo_yield.modis import (
@@ -296,6 +298,24 @@ def test_damaged_files_are_named_in_one_sentence(tmp_path, break_it, message):
     break_it(tmp_path)
     with pytest.raises(InputProblem, match=message):
         modis_scenes(tmp_path)[0].read(modis_layout(mask="none"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 400), changed=st.binary(min_size=1, max_size=24))
+def test_a_geotiff_with_overwritten_bytes_is_read_or_refused(tmp_path, place, changed):
+    path = tmp_path / name("MOD09A1", "sur_refl_b01")
+    path.unlink(missing_ok=True)
+    held = write(path, numbers(1)).read_bytes()
+    path.write_bytes((held[:place] + changed + held[place + len(changed) :])[: len(held)])
+    composite = find_composites(path)[0]
+    try:
+        layer = composite.read("sur_refl_b01")
+    except InputProblem as problem:
+        said = str(problem)
+    else:
+        said = str(path)
+        assert layer.pixels.shape == (layer.grid.height, layer.grid.width)
+    assert str(path) in said
 
 
 def test_missing_years_files_and_masks_are_told(tmp_path):

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import shapely
 from affine import Affine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyproj import CRS
 
 from geo_yield.errors import InputProblem
@@ -82,6 +84,7 @@ SQUARE = pixel_box(0, 0, 2, 3)
         (table([SQUARE]).iloc[:0], "holds no regions"),
         (table([shapely.box(-179, 50, 179, 52)], crs=CRS.from_epsg(4326)), "'r0' .* crosses the antimeridian"),
         (table([shapely.box(178, 50, 182, 52)], crs=CRS.from_epsg(4326)), "'r0' .* crosses the antimeridian"),
+        (table([shapely.box(41, -93, 42, -92)], crs=CRS.from_epsg(4326)), "'r0' .* longitude and latitude exchanged"),
         (table([SQUARE], ids=[1.5]), "whole numbers or text"),
     ],
 )
@@ -227,3 +230,32 @@ def test_real_counties_on_a_real_tile():
     area = (labels == furnas + 1).sum() * coarse.transform.a**2 / 1e6
     assert area == pytest.approx(721 * 2.59, rel=0.05)  # km2; US Census, and the outline is simplified
     assert area == pytest.approx(counties.to_crs(sinusoidal()).geometry[furnas].area / 1e6, rel=0.01)
+
+
+NASTY = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(
+        ["", "-", "<Polygon>", KML.format("", ""), KML.format("nan,nan 1,2 3,4", ""), KML.format("1,2", "")]
+    ),
+    st.builds(KML.format, st.lists(st.floats().map(lambda x: f"{x},{x}"), max_size=5).map(" ".join), st.just("")),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.tuples(NASTY, NASTY), max_size=4), header=st.sampled_from(["FIPS,geometry", "a,b", "", "geometry"])
+)
+@pytest.mark.filterwarnings("ignore")
+def test_any_csv_is_read_or_refused_in_one_sentence(tmp_path, rows, header):
+    path = tmp_path / "nasty.csv"
+    frame = pd.DataFrame(rows, columns=["x", "y"])
+    path.write_text(header + "\n" + frame.to_csv(index=False, header=False), encoding="utf-8", errors="replace")
+    try:
+        regions = read_regions(path)
+    except InputProblem as problem:
+        said = str(problem)
+    else:
+        said = str(path)
+        assert regions["region_id"].is_unique
+        assert regions.geometry.area.min() > 0
+    assert str(path) in said

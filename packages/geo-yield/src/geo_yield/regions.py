@@ -66,7 +66,7 @@ def read_regions(path: Path, *, id_column: str | None = None, layer: str | None 
         regions = _with_ids_only(regions, path)
     _refuse_repeated(regions["region_id"], path)
     regions.geometry = _repaired(regions, path)
-    _refuse_antimeridian(regions, path)
+    _refuse_off_the_globe(regions, path)
     return regions
 
 
@@ -183,6 +183,8 @@ def _text_ids(values: pd.Series, column: str, path: Path) -> list[str]:
 
 def _with_ids_only(regions: geopandas.GeoDataFrame, path: Path) -> geopandas.GeoDataFrame:
     named = regions["region_id"] != ""
+    if not named.any():
+        raise InputProblem(f"none of the {len(regions)} rows of '{path}' has an id")
     if not named.all():
         log.warning("%d of %d rows of '%s' have no id and are left out", (~named).sum(), len(regions), path)
     return regions[named].reset_index(drop=True)
@@ -205,6 +207,9 @@ def _repaired(regions: geopandas.GeoDataFrame, path: Path) -> geopandas.GeoSerie
         raise InputProblem(
             f"region '{regions['region_id'][empty].iloc[0]}' of '{path}' has no geometry ({empty.sum()} in all)"
         )
+    endless = ~np.isfinite([shapely.get_coordinates(shape).sum() for shape in shapes])
+    if endless.any():
+        raise InputProblem(f"region '{regions['region_id'][endless].iloc[0]}' of '{path}' has infinite coordinates")
     invalid = ~shapes.is_valid
     if invalid.any():
         log.warning("%d regions of '%s' had invalid polygons, which were repaired", invalid.sum(), path)
@@ -225,11 +230,15 @@ def _areas_of(shape: BaseGeometry) -> BaseGeometry:
     return shape if not parts or len(parts) == shapely.get_num_geometries(shape) else shapely.union_all(parts)
 
 
-def _refuse_antimeridian(regions: geopandas.GeoDataFrame, path: Path) -> None:
+def _refuse_off_the_globe(regions: geopandas.GeoDataFrame, path: Path) -> None:
     if not regions.crs.is_geographic:
         return
     parts, owner = shapely.get_parts(regions.geometry.to_numpy(), return_index=True)
     bounds = shapely.bounds(parts)
+    beyond = (bounds[:, 1] < -90.001) | (bounds[:, 3] > 90.001)
+    if beyond.any():
+        name = regions["region_id"].iloc[owner[beyond][0]]
+        raise InputProblem(f"region '{name}' of '{path}' lies beyond a pole. Are longitude and latitude exchanged?")
     crossing = (bounds[:, 2] - bounds[:, 0] > 180) | (bounds[:, 0] < -180.001) | (bounds[:, 2] > 180.001)
     if crossing.any():
         name = regions["region_id"].iloc[owner[crossing][0]]
