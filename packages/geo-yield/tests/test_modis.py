@@ -328,8 +328,10 @@ def test_missing_years_files_and_masks_are_told(tmp_path):
     write_aqua(tmp_path / "aqua")
     with pytest.raises(InputProblem, match=r"no MOD09A1 image of 2013 in '.*' \(found 2009-2012 without 2010\)"):
         modis_scenes(tmp_path, years=[2012, 2013])
-    with pytest.raises(InputProblem, match="no MOD09A1 image of days 49-297"):
-        modis_scenes(tmp_path / "aqua")
+    with pytest.raises(InputProblem, match="no MOD09A1 image of days 49-297 in '.*aqua' .MYD11A2."):
+        modis_scenes([tmp_path / "aqua"])
+    with pytest.raises(InputProblem, match="no MOD09A1 image of 1999 in '.*aqua', '.*' and 1 more"):
+        modis_scenes([tmp_path / "aqua", tmp_path, tmp_path], years=[1999])
     with pytest.raises(InputProblem, match="no MCD12Q1 land cover in"):
         modis_scenes(tmp_path, mask=tmp_path / "aqua")
     assert [scene.year for scene in modis_scenes(tmp_path, years=[2011])] == [2011]

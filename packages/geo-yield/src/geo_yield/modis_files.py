@@ -159,7 +159,9 @@ def find_composites(inputs: Path | Sequence[Path], *, first_year: int | None = N
 
 def describe(inputs: Path | Sequence[Path]) -> str:
     """How messages name the input."""
-    return f"'{inputs}'" if isinstance(inputs, (str, Path)) else f"{len(inputs)} given files"
+    paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    named = ", ".join(f"'{path}'" for path in paths[:2])
+    return named if len(paths) <= 2 else f"{named} and {len(paths) - 2} more"
 
 
 def index_on(source: Grid, target: Grid) -> tuple[Shaped[np.ndarray, "H"], Shaped[np.ndarray, "W"]]:
