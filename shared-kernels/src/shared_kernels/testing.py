@@ -28,6 +28,8 @@ Refusal = tuple[Sample, type[Exception], str]
 LAW_TOLERANCE = 1e-10
 """Laws hold in float64, but for rounding."""
 
+NUM_LOSSES = 4
+
 
 class Wrong(AssertionError):
     """An implementation does not do what its spec says."""
@@ -66,8 +68,9 @@ class OpSpec:
     """The public function."""
     reference: Callable[..., Any]
     """The same arguments; plain torch, float64-clean."""
-    samples: Callable[[Make, Literal["tiny", "small", "real"]], Mapping[str, Sample]]
-    """Name -> keyword arguments. "tiny" is for gradcheck, "small" for the interpreter, "real" for GPUs."""
+    samples: Callable[[Make, Literal["tiny", "small", "medium", "real"]], Mapping[str, Sample]]
+    """Name -> keyword arguments. "tiny" is for gradcheck, "small" for the CPU code and interpreter, "medium" (may be
+    empty) for CPU code that works in chunks, "real" for GPUs and the compile check."""
     gradients: tuple[str, ...] = ()
     """Arguments that are differentiated where a sample has them; every output is weighted in the loss."""
     laws: tuple[Callable[[Callable[..., Any], Make], Iterable[tuple[Any, Any]]], ...] = ()
@@ -110,21 +113,29 @@ def _is_float(value: Any) -> bool:
 
 
 def outputs_and_gradients(function: Callable[..., Any], spec: OpSpec, sample: Sample) -> dict[str, Tensor]:
-    """Call a function on a sample and differentiate a loss that weights every output with fixed random numbers."""
+    """Call a function on a sample and differentiate losses that weight every output with fixed random numbers.
+
+    Gradients are stacked over a few losses: of a single sum, an error says more about luck than about the code.
+    """
     wanted = [name for name in spec.gradients if isinstance(sample.get(name), Tensor)]
     leaves = {name: sample[name].detach().requires_grad_() for name in wanted}
     result = function(**{**sample, **leaves})
     results = (result,) if isinstance(result, Tensor) else tuple(result)
     named = {f"output {i}": t.detach() for i, t in enumerate(results)}
     if wanted:
-        weights = Make(torch.float64, seed=17)
         differentiable = [t for t in results if t.requires_grad]
-        seeds = [weights.normal(*t.shape).to(t.device, t.dtype) for t in differentiable]
-        gradients = torch.autograd.grad(differentiable, list(leaves.values()), seeds, allow_unused=True)
-        for name, gradient in zip(wanted, gradients, strict=True):
-            if gradient is None:
-                raise Wrong(f"{name} gets no gradient")
-            named[f"gradient of {name}"] = gradient
+        losses = [_gradients(differentiable, leaves, seed) for seed in range(NUM_LOSSES)]
+        named |= {f"gradient of {name}": torch.stack([loss[name] for loss in losses]) for name in wanted}
+    return named
+
+
+def _gradients(results: list[Tensor], leaves: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    make = Make(torch.float64, seed=seed)
+    weights = [make.normal(*t.shape).to(t.device, t.dtype) for t in results]
+    gradients = torch.autograd.grad(results, list(leaves.values()), weights, retain_graph=True, allow_unused=True)
+    named = dict(zip(leaves, gradients, strict=True))
+    if unused := [name for name, gradient in named.items() if gradient is None]:
+        raise Wrong(f"{', '.join(unused)} gets no gradient")
     return named
 
 

@@ -1,0 +1,230 @@
+"""Every op through every level, from the spec in its folder. Nothing here knows any op."""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared_kernels import backend
+from shared_kernels._backend import implementation
+from shared_kernels.testing import (
+    LargestTensor,
+    Make,
+    RecordCalls,
+    check_against_reference,
+    check_laws,
+    operations,
+    outputs_and_gradients,
+)
+
+OPS = operations()
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+each_op = pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
+
+
+@pytest.fixture(autouse=True)
+def _memory_that_nobody_wrote_is_nan():
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def each_sample(size, *dtypes):
+    """Parametrise over ops, dtypes and samples: `stencil_blend-float32-sobel`."""
+    cases = [
+        pytest.param(spec, dtype, name, id=f"{spec.name}-{str(dtype).removeprefix('torch.')}-{name}")
+        for spec in OPS.values()
+        for dtype in dtypes
+        for name in spec.samples(Make(dtype, "meta"), size)
+    ]
+    return pytest.mark.parametrize(("spec", "dtype", "name"), cases)
+
+
+def sample_of(spec, size, dtype=torch.float32, name=None, device="cpu"):
+    samples = spec.samples(Make(dtype, device), size)
+    return samples[name or next(iter(samples))]
+
+
+# 1, 6: the definition
+
+
+@each_op
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_laws(spec, which):
+    with backend(which):
+        check_laws(spec)
+
+
+@each_sample("tiny", torch.float64)
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_gradcheck(spec, dtype, name, which):
+    sample = sample_of(spec, "tiny", dtype, name)
+    wanted = [key for key in spec.gradients if key in sample]
+    leaves = [sample[key].requires_grad_() for key in wanted]
+    with backend(which):
+        call = lambda *tensors: spec.op(**{**sample, **dict(zip(wanted, tensors, strict=True))})  # noqa: E731
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+# 2, 3: the implementations
+
+
+@each_sample("small", torch.float32, torch.bfloat16)
+def test_cpu(spec, dtype, name):
+    with backend("cpu"):
+        check_against_reference(spec, sample_of(spec, "small", dtype, name))
+
+
+@each_sample("medium", torch.float32, torch.bfloat16)
+def test_cpu_in_chunks(spec, dtype, name):
+    with backend("cpu"):
+        check_against_reference(spec, sample_of(spec, "medium", dtype, name))
+
+
+@each_sample("small", torch.float32, torch.bfloat16)
+def test_interpreted(spec, dtype, name):
+    pytest.importorskip("triton")
+    with backend("triton"):
+        check_against_reference(spec, sample_of(spec, "small", dtype, name))
+
+
+@each_op
+def test_forced_reference_is_the_reference(spec):
+    sample = sample_of(spec, "small")
+    with backend("reference"):
+        ours = outputs_and_gradients(spec.op, spec, sample)
+    for name, expected in outputs_and_gradients(spec.reference, spec, sample).items():
+        assert torch.equal(ours[name], expected), name
+
+
+# 4: kernels for GPUs that are not here
+
+
+@each_op
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for(spec, target):
+    pytest.importorskip("triton")
+    from shared_kernels.triton_compiler import SHARED_MEMORY, compile_only
+
+    with compile_only(target) as compiled:
+        spec.launches(sample_of(spec, "real", torch.bfloat16, device="meta"))
+    assert compiled
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_MEMORY[target], kernel
+        assert kernel.spilled <= spec.spill_allowed.get(target, 0), kernel
+
+
+# 5: torch's machinery
+
+
+def recorded_calls(spec):
+    with RecordCalls(spec.library_ops) as record:
+        outputs_and_gradients(spec.op, spec, sample_of(spec, "small"))
+    assert {func for func, _ in record.calls} == set(spec.library_ops)
+    return record.calls
+
+
+@each_op
+def test_opcheck(spec):
+    forward = spec.library_ops[0]
+    for func, args in recorded_calls(spec):
+        leaves = [
+            t.detach().clone().requires_grad_(func is forward and t.is_floating_point())
+            if isinstance(t, torch.Tensor)
+            else t
+            for t in args
+        ]
+        torch.library.opcheck(func, leaves)
+        permuted = [t.mT.contiguous().mT if isinstance(t, torch.Tensor) and t.ndim > 1 else t for t in leaves]
+        torch.library.opcheck(func, permuted, test_utils=("test_schema", "test_faketensor"))
+
+
+@each_op
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_without_graph_break(spec, compiler):
+    if compiler == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.op, fullgraph=True, backend=compiler)
+    check_against_reference(spec, sample_of(spec, "small"), op=compiled)
+
+
+@each_op
+def test_flops(spec):
+    for name, sample in spec.samples(Make(), "small").items():
+        with FlopCounterMode(display=False) as counter:
+            spec.op(**sample)
+        assert counter.get_total_flops() == spec.cost(sample)[0], name
+
+
+@pytest.mark.parametrize(("spec", "case"), [(s, c) for s in OPS.values() for c in s.refused], ids=str)
+def test_refused(spec, case):
+    changes, exception, message = spec.refused[case]
+    sample = sample_of(spec, "small") | changes
+    with pytest.raises(exception, match=message):
+        spec.op(**sample)
+
+
+@pytest.mark.parametrize(("spec", "case"), [(s, c) for s in OPS.values() for c in s.refused], ids=str)
+def test_refused_when_compiled(spec, case):
+    """The checks are part of the graph's trace and are not lost in it."""
+    changes, exception, message = spec.refused[case]
+    sample = sample_of(spec, "small") | changes
+    torch._dynamo.reset()
+    with pytest.raises((exception, torch._dynamo.exc.Unsupported), match=f"{message}|{exception.__name__}"):
+        torch.compile(spec.op, fullgraph=True, backend="eager")(**sample)
+
+
+@pytest.mark.parametrize(("spec", "what"), [(s, w) for s in OPS.values() for w in s.unsupported], ids=str)
+def test_unsupported(spec, what):
+    assert what == "second derivative", "this suite knows no other"
+    sample = sample_of(spec, "tiny")
+    leaf = sample[spec.gradients[0]].requires_grad_()
+    (first,) = torch.autograd.grad(spec.op(**sample).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=spec.unsupported[what]):
+        first.sum().backward()
+
+
+# 6: memory
+
+
+@each_op
+def test_no_intermediate_tensor_is_larger_than_promised(spec):
+    for size in ("small", "medium"):
+        for name, sample in spec.samples(Make(), size).items():
+            with RecordCalls(spec.library_ops) as record:
+                outputs_and_gradients(spec.op, spec, sample)
+            cpu = implementation(spec.name, torch.empty(0))
+            for func, args in record.calls:
+                run = cpu.forward if func is spec.library_ops[0] else cpu.backward
+                with LargestTensor() as largest, torch.no_grad():
+                    run(*args)
+                assert largest.elements <= spec.largest(sample), f"{func} on {name}"
+
+
+# 7: a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@each_sample("real", torch.float32, torch.bfloat16)
+def test_gpu(spec, dtype, name):
+    sample = sample_of(spec, "real", dtype, name, device="cuda")
+    check_against_reference(spec, sample)
+    first, second = (outputs_and_gradients(spec.op, spec, sample) for _ in range(2))
+    for key in first:
+        assert torch.equal(first[key], second[key]), f"{key} differs from run to run"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@each_sample("small", torch.float32, torch.bfloat16)
+def test_gpu_on_odd_shapes(spec, dtype, name):
+    check_against_reference(spec, sample_of(spec, "small", dtype, name, device="cuda"))
