@@ -183,6 +183,7 @@ class Ridge:
         x = self.scaler.apply(self._columns(samples))
         y = samples.target.astype(np.float64) - (self.past.line(samples) if self.history == "residual" else 0.0)
         self.offset = float(y.mean())
+        # one decomposition serves every penalty
         u, self._s, self._vt = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
         self._uy, self._centre = u.T @ (y - self.offset), x.mean(axis=0)
 
@@ -289,6 +290,7 @@ class DeepGaussianProcess:
         generator = torch.Generator().manual_seed(seed)
         self.cnn.train()
         for _ in range(self.steps):
+            # its own generator: dropout then draws the same numbers whatever the number of rows
             rows = torch.randperm(len(y), generator=generator)[: self.batch]
             optimizer.zero_grad()
             F.mse_loss(self.cnn(x[rows]).squeeze(-1), y[rows]).backward()

@@ -90,7 +90,7 @@ class CrossFit:
         made on rows left out of the training rows. on_member(done, total) is called after each fit.
         Raises InputProblem if the rows hold fewer than two groups.
         """
-        known = samples.take(np.isfinite(samples.target))
+        known = samples.take(np.isfinite(samples.target))  # rows still to be predicted may be among them
         held_out = held_out_parts(known, folds=self.folds, group=self.group, seed=seed)
         total, best = len(self.candidates) * len(held_out), float("inf")
         for i, make in enumerate(self.candidates):
@@ -107,6 +107,8 @@ class CrossFit:
             if error < best:
                 best, self.chosen, self.members = error, i, members
                 self.scores = np.concatenate(scores).astype(np.float32)
+        if len(self.candidates) > 1:
+            _log.info("candidate %d of %d errs least on left-out rows", self.chosen + 1, len(self.candidates))
 
     def predict(self, samples: Samples) -> Prediction:
         """Mean, spread and interval of every row. Raises InputProblem before `fit`."""
@@ -158,6 +160,7 @@ def held_out_parts(samples: Samples, *, folds: int, group: str, seed: int) -> li
     parts = min(SPLIT_PARTS if folds == 1 else folds, len(names))
     if parts < folds:
         _log.info("%d members instead of %d: there are only %d %s groups", parts, folds, len(names), group)
+    # shuffled, since neighbours in the alphabet of region ids are neighbours on the map
     shuffled = np.random.default_rng(seed).permutation(names)
     masks = [np.isin(groups, part) for part in np.array_split(shuffled, parts)]
     return masks[:1] if folds == 1 else masks

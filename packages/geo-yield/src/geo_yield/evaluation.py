@@ -135,7 +135,7 @@ def _spatial_folds(groups: Shaped[np.ndarray, "N"], folds: int, seed: int) -> li
     names = np.array(sorted(set(groups.tolist())))
     if not 2 <= folds <= len(names):
         raise InputProblem(f"{len(names)} regions can be cut into 2 to {len(names)} folds, got {folds}")
-    np.random.RandomState(seed).shuffle(names)
+    np.random.RandomState(seed).shuffle(names)  # the legacy generator: published folds of seed 0 stay the same
     tests = [np.isin(groups, part) for part in np.array_split(names, folds)]
     return [Fold(name=f"part-{k + 1}", train=~test, test=test) for k, test in enumerate(tests)]
 
@@ -163,6 +163,7 @@ def _predict_fold(
     seed: int,
     level: float,
 ) -> pd.DataFrame:
+    # the targets of test rows end here: what a model cannot see it cannot leak
     train, test = samples.take(fold.train), without_target(samples.take(fold.test))
     columns = {
         "protocol": protocol,
@@ -263,6 +264,7 @@ def paired_bootstrap(
     error_a, error_b, clusters = _paired_errors(rows, a, b, cluster)
     names, index = np.unique(clusters, return_inverse=True)
     sums = np.stack([np.bincount(index, weights) for weights in (error_a, error_b, np.ones(len(index)))])
+    # sums per cluster are all that a draw needs, so no rows are copied
     drawn = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
     totals = sums[:, drawn].sum(axis=-1)
     differences = np.sqrt(totals[0] / totals[2]) - np.sqrt(totals[1] / totals[2])

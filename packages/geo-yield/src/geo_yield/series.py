@@ -214,6 +214,7 @@ def fit_limits(series: IndexSeries) -> Float32[np.ndarray, "C 2"]:
         values = series.values[:, c]
         if not np.isfinite(values).any():
             raise InputProblem(f"index '{name}' has no value in the {len(series)} rows to learn from")
+        # quantiles, not extremes: one weekly mean out of physical range would squeeze all others into few bins
         low, high = np.nanquantile(values, [0.01, 0.99])
         limits[c] = low, max(high, low + 1e-3)
     return limits
@@ -230,10 +231,11 @@ def series_to_histograms(
     N, C, T = series.values.shape
     if steps < T or bins < 2:
         raise InputProblem(f"{T} weeks need at least {T} steps and 2 bins, got steps={steps}, bins={bins}")
-    start = (steps - T) // 2
+    start = (steps - T) // 2  # centred, so that the convolutions' zero padding stays away from the season
     low, high = limits[:, :1], limits[:, 1:]
     seen = np.isfinite(series.values)
     place = np.clip((series.values - low) / (high - low), 0, 1) * (bins - 1)
+    # a value at the upper limit belongs wholly to the last bin, which then is the right one of its pair
     left = np.minimum(np.nan_to_num(place).astype(np.int64), bins - 2)
     share = np.nan_to_num(place).astype(np.float32) - left
     image = np.zeros((N, C, steps, bins), np.float32)

@@ -120,6 +120,7 @@ def read_text_table(path: Path, *, header: bool = True) -> pd.DataFrame:
         with path.open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
+            # spreadsheets of most of Europe write semicolons
             delimiter = next((d for d in (",", ";", "\t") if d in first), ",")
             rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter)]
     except FileNotFoundError:
@@ -193,6 +194,7 @@ def _read_quickstats(text: pd.DataFrame, path: Path, names: Mapping[str, str]) -
     needed = ("Program", "Year", "Period", "Geo Level", "State ANSI", "County ANSI", "Data Item", "Value")
     table = _columns(text, path, needed)
     item = table["Data Item"].str.extract(_DATA_ITEM)
+    # not strict: yields per net planted acre and the like are other items, not mistakes
     unit = item["unit"].fillna("").map(lambda u: unit_name(u, strict=False))
     survey = (table["Program"].str.upper() == "SURVEY") & (table["Period"].str.upper() == "YEAR")
     county = table["Geo Level"].str.upper() == "COUNTY"
@@ -403,6 +405,7 @@ def refuse_implausible(table: pd.DataFrame, given: str) -> None:
 
 def _refuse_duplicates(table: pd.DataFrame, path: Path, left_out: dict[str, int]) -> pd.DataFrame:
     before = len(table)
+    # overlapping downloads put together repeat rows exactly; that is no contradiction
     table = table.drop_duplicates(ignore_index=True)
     left_out["exact repeats"] = before - len(table)
     twice = table.duplicated(["region_id", "year", "crop"], keep=False)
@@ -513,7 +516,7 @@ def join_yields(
     rows = pd.MultiIndex.from_arrays([[match_key(name) for name in inputs.region_id.tolist()], inputs.year.astype(int)])
     target = known.reindex(rows).to_numpy(np.float32)
     _report_unmatched(inputs, table, np.isfinite(target))
-    first = int(inputs.year.min())
+    first = int(inputs.year.min())  # of all rows, matched or not, so that a fold cannot move it
     before = inputs.year if history == "previous-years" else np.full(len(inputs), first, np.int16)
     mean, trend = county_history(table, inputs.region_id, inputs.year, before=before, window=window)
     return Samples(
