@@ -6,6 +6,7 @@ from pathlib import Path
 import geopandas
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -205,3 +206,28 @@ def test_a_season_that_has_only_begun_is_predicted(model: Path, tmp_path: Path) 
     store = HistogramStore(tmp_path / "begun")
     out = predict_yields(store, model, tmp_path / "out.parquet", yields=yield_table(range(2014, 2022)), workers=1)
     assert np.isfinite(pq.read_table(out)["prediction"].to_numpy()).all()
+
+
+def test_no_more_than_a_row_group_is_in_memory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    years = tuple(range(2012, 2022))  # 750 rows
+    write_histograms(tmp_path / "long" / "all.parquet", LAYOUT, [histograms(years)])
+    rows: list[int] = []
+    real = prediction.from_arrow
+
+    def counting(batch: pa.Table, layout: HistogramLayout) -> YieldTensor:
+        rows.append(batch.num_rows)
+        return real(batch, layout)
+
+    monkeypatch.setattr(prediction, "from_arrow", counting)
+    monkeypatch.setattr(HistogramStore, "read", None)  # would read everything at once
+    predict_yields(
+        HistogramStore(tmp_path / "long"),
+        model,
+        tmp_path / "o.parquet",
+        yields=yield_table(range(2000, 2022)),
+        workers=1,
+    )
+    assert sum(rows) == 750
+    assert max(rows) == 64
+    file = pq.ParquetFile(tmp_path / "o.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == rows
