@@ -29,6 +29,7 @@ LAW_TOLERANCE = 1e-10
 """Laws hold in float64, but for rounding."""
 
 NUM_LOSSES = 4
+"""Gradients are those of so many losses, see `outputs_and_gradients`."""
 
 
 class Wrong(AssertionError):

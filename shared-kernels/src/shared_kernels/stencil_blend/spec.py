@@ -41,10 +41,10 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
         return {"several chunks": {"x": make.normal(7, 5, 61, 53), **_parameters(make)}}
     return {
         "sobel": {"x": make.normal(2, 3, 13, 17), **_sobel(make), "eps": 1e-6},
-        "learned": {"x": make.normal(3, 2, 11, 70), **_parameters(make, gain=True), "eps": 1e-4},
+        "learned": {"x": make.normal(1, 2, 11, 70), **_parameters(make, gain=True), "eps": 1e-4},
         "luma": {"x": make.normal(2, 3, 9, 10), **_parameters(make), "luma": make.normal(3)},
-        "one row": {"x": make.normal(2, 5, 1, 19), **_parameters(make)},
-        "one column": {"x": make.normal(5, 2, 19, 1), **_sobel(make)},
+        "one row": {"x": make.normal(3, 2, 1, 19), **_parameters(make)},
+        "one column": {"x": make.normal(2, 3, 19, 1), **_sobel(make)},
         "transposed memory": {"x": make.transposed(2, 3, 7, 12), **_parameters(make)},
         "strided memory": {"x": make.strided(2, 3, 7, 12), **_parameters(make)},
         "large numbers": {"x": make.normal(2, 3, 8, 9, scale=1e4), **_sobel(make)},
@@ -102,8 +102,7 @@ def launches(sample: Sample) -> None:
     }
     small = (wide["kernel_x"], wide["kernel_x"], wide["weight"], wide["weight"])
     triton.forward(x, *small, eps)
-    for kernels_too in (False, True):
-        triton.backward(x, x, *small, eps, kernels_too)
+    triton.backward(x, x, *small, eps, True)  # without kernel gradients the same kernel needs less
 
 
 def cost(sample: Sample) -> tuple[int, int]:
