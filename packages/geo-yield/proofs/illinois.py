@@ -10,7 +10,7 @@ finished (protocol, fold, method) is kept in --parts, so a second run goes on wh
 Chosen inside the training rows of each fold: the number of steps of DFYP with history (60, 120 or 300, by the errors
 on left-out counties or seasons), ridge penalties, index limits, band means, the line through history, target scale,
 every interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; DFYP on
-images alone takes its 300 steps, the Deep GP 150. 16 bins and batches of 16 instead of 32 are for speed (a value is
+images alone takes 120 steps, the Deep GP 150. 16 bins and batches of 16 instead of 32 are for speed (a value is
 spread over its two nearest bins, so its mean bin is the value, whatever their number). Copies: five under spatial
 folds, else one for each left-out season.
 """
@@ -82,7 +82,7 @@ def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
         "random forest": RandomForest,
         "random forest + history": lambda: RandomForest(history="feature"),
         DFYP: [partial(DFYPRegressor, model, replace(t, history="residual"), name=DFYP) for t in trainings],
-        IMAGES_ONLY: partial(DFYPRegressor, model, trainings[-1], name=IMAGES_ONLY),
+        IMAGES_ONLY: partial(DFYPRegressor, model, trainings[1], name=IMAGES_ONLY),
         "Deep GP": lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=DEEP_GP_STEPS),
     }
 
