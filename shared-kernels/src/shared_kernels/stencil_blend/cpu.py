@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # numbers in one workspace vector per thread: all of them together fit the L2 cache of a core
-_CHUNK = 24_000
+_CHUNK = 32_000
 
 Taps = list[tuple[int, float]]
 """Offset in the flat vector and coefficient of each neighbour that counts; the first coefficient is 1."""
