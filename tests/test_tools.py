@@ -148,7 +148,7 @@ def test_results_are_whole_after_every_point_and_name_no_machine(claim_file, mon
         assert 0 < low <= point["seconds"]["ours"] <= high
     assert content["tests"] == {"a-package": {"failures": 0}}
     table = bench.markdown("a-package/adding", content["device"], content["claims"]["a-package/adding"]).splitlines()
-    assert table[0] == "| rows | kind | product | ours | ratio | million numbers/s | largest |"
+    assert table[0] == "| rows | kind | product | ours | ratio | numbers/s | largest |"
     assert table[3].startswith("| 2,000 | plain | ")
     assert content["device"].endswith("cores")
     assert platform.node() not in file.read_text() + file.name
@@ -167,9 +167,9 @@ def test_tables_say_what_was_measured(tmp_path):
     assert readme.read_text().splitlines() == [
         "before",
         "<!-- bench:adding -->",
-        "| shape | side | theirs | ours | ratio | million pixels/s | error |",
+        "| shape | side | theirs | ours | ratio | pixels/s | error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| 8 x 3 | 2,400 | 250 ms | 10.5 ms | 23.8x | 550 | 0.00123 |",
+        "| 8 x 3 | 2,400 | 250 ms | 10.5 ms | 23.8x | 550 million | 0.00123 |",
         "",
         "A processor, 2 cores, 1 thread, torch 2.15.0, 2026-11-24; `uv run tools/bench.py --only a-package/adding`",
         "<!-- /bench -->",

@@ -102,14 +102,14 @@ def markdown(name: str, device: str, entry: Mapping[str, Any]) -> str:
     rivals = [*(name for name in entry["rivals"] if name != "ours"), "ours"]
     head = [*points[0]["point"], *rivals, f"ours against {baseline}" if len(rivals) > 2 else "ratio"]
     if "rate" in points[0]:
-        head.append(f"million {points[0]['rate']['unit']}/s")
+        head.append(f"{points[0]['rate']['unit']}/s")
     head += list(points[0].get("price", {}))
     rows = [head, ["---"] * len(head)]
     for point in points:
         row = [claims.shown(value) for value in point["point"].values()]
         row += [claims.duration(point["seconds"][rival]) for rival in rivals] + [f"{point['ratio']:.1f}x"]
         if "rate" in point:
-            row.append(f"{point['rate']['per second'] / 1e6:,.0f}")
+            row.append(claims.rate_shown(point["rate"]["per second"]))
         rows.append(row + [f"{value:.3g}" for value in point.get("price", {}).values()])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     threads = f"{entry['threads']} thread{'s' if entry['threads'] > 1 else ''}, " if "core" in device else ""

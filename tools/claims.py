@@ -166,9 +166,14 @@ def _targets(module: ModuleType, result: Mapping[str, Any]) -> list[tuple[str, b
         found.append((f"{result['ratio']:.1f}x, at least {module.TARGET:g}x wanted", result["ratio"] >= module.TARGET))
     if hasattr(module, "TARGET_RATE"):
         rate, wanted = result["rate"]["per second"], module.TARGET_RATE
-        amount = f"{rate / 1e6:,.0f} million {result['rate']['unit']} per second, at least {wanted / 1e6:,.0f} wanted"
+        amount = f"{rate_shown(rate)} {result['rate']['unit']} per second, at least {rate_shown(wanted)} wanted"
         found.append((amount, rate >= wanted))
     return found
+
+
+def rate_shown(per_second: float) -> str:
+    """With three digits: 328 million, 45.9."""
+    return f"{per_second / 1e6:,.0f} million" if per_second >= 1e6 else f"{per_second:,.3g}"
 
 
 def _take_turns(

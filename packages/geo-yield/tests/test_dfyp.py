@@ -216,7 +216,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_same_outputs_as_the_published_model():
-    """Recorded from the authors' model (June 2026) with these weights and inputs, their own routing included."""
+    """Recorded from the authors' model (onef1shy/DFYP at 21588aa) with these weights, inputs and their routing."""
     model = DFYP(DFYPConfig(operator_by_year=PUBLISHED_OPERATORS)).eval()
     fill(model)
     image = random(4, 9, 32, 32, seed=1)

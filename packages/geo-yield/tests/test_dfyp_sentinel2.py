@@ -62,7 +62,7 @@ def test_parameter_counts_are_the_published_ones():
     ],
 )
 def test_same_outputs_as_the_published_model(operator, expected):
-    """Recorded from the authors' model (June 2026) with these weights, on two chips of one date, scaled as here."""
+    """Recorded from the authors' model (onef1shy/DFYP at 21588aa) with these weights: two chips of one date."""
     built = DFYPSentinel2(DFYPSentinel2Config(operator=operator)).eval()
     fill(built)
     with torch.no_grad():
