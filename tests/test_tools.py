@@ -69,7 +69,14 @@ def clocks(monkeypatch, tmp_path):
     return turns
 
 
-@pytest.mark.parametrize("file", claims.find(), ids=lambda file: f"{file.parents[1].name}/{file.stem}")
+def claim_files():
+    for file in claims.find():
+        # read as text: importing them all would make every collection of tests slow
+        marks = [pytest.mark.slow] if "\nSLOW = True" in file.read_text() else []
+        yield pytest.param(file, marks=marks, id=f"{file.parents[1].name}/{file.stem}")
+
+
+@pytest.mark.parametrize("file", claim_files())
 def test_claim_at_its_smallest_size(file):
     """The rivals agree where they must, each runs, and the targets are at points of the sweep."""
     claim = claims.load(file)

@@ -14,6 +14,7 @@ and, where it has something to say,
   TARGET_AT             argument -> values at which the targets hold; everywhere if absent
   THREADS               1 if absent
   DEVICES               ("cpu", "cuda") if absent
+  SLOW                  True if it takes over 20 seconds at its smallest size; tests then leave it to `-m slow`
 
 Rivals are measured in one process, taking turns, so that a slow minute of the machine hits all of them; what is kept is
 each one's median. On a CPU with one thread the clock counts seconds of the processor, which neighbours do not disturb;

@@ -26,6 +26,7 @@ CLAIM = "predict needs about as much memory for 1,000 regions as for 100; readin
 SWEEP = {"regions": (100, 1000)}
 BASELINE = "everything at once"
 DEVICES = ("cpu",)
+SLOW = True
 
 _CHILD = """
 import sys
