@@ -104,7 +104,7 @@ def main(
     seasons: Annotated[int, typer.Option(help="Simulated seasons with images.")] = 8,
     members: Members = 4,
     steps: Steps = 300,
-    seed: Seed = 0,
+    seed: Seed = 5,
     engine: On = Engine.local,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say more about what is read.")] = False,
 ) -> None:
@@ -126,7 +126,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="New folder for imagery, counties.gpkg and yields.csv.")] = Path("region"),
     counties: Annotated[str, typer.Option(help="Rows x columns of counties.")] = "7x8",
     seasons: Annotated[int, typer.Option(help="Seasons with images.")] = 8,
-    seed: Seed = 0,
+    seed: Seed = 5,
 ) -> None:
     """Write a simulated region: MODIS files, county polygons and yields to try the other commands on.
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from geo_yield.errors import InputProblem
 from geo_yield.evaluation import CALIBRATION, evaluate, make_folds
 from geo_yield.histograms import HistogramLayout, HistogramStore
 from geo_yield.modis import modis_layout, modis_scenes
+from geo_yield.prediction import one_thread
 from geo_yield.prepare import prepare_histograms
 from geo_yield.regions import read_regions
 from geo_yield.report import Subject, draw_predictions, write_report
@@ -354,18 +356,19 @@ def evaluate_files(
                 workers=workers,
                 on_member=None if on_member is None else partial(on_member, fold.name),
             )
-    rows = evaluate(
-        samples,
-        methods,
-        protocol=protocol,
-        test_years=test_years,
-        folds=folds,
-        members=learning.members,
-        seed=learning.seed,
-        level=learning.level,
-        resume_dir=out / "parts",
-        on_fit=on_fit,
-    )
+    with one_thread() if learning.size == "small" else nullcontext():
+        rows = evaluate(
+            samples,
+            methods,
+            protocol=protocol,
+            test_years=test_years,
+            folds=folds,
+            members=learning.members,
+            seed=learning.seed,
+            level=learning.level,
+            resume_dir=out / "parts",
+            on_fit=on_fit,
+        )
     _write_table(out / "evaluation.parquet", rows)
     inputs = samples.inputs
     facts = {

@@ -16,8 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -233,7 +233,7 @@ def _predict_unit(job: _Job, unit: _Unit) -> int:
     tensor = tensor.take(np.isin(tensor.year, job.years))
     scaling = _scaling_of(model)
     samples = _samples(tensor, job, scaling)
-    with _OneThread():
+    with one_thread():
         said = model.predict(samples)
     table = pa.table(
         {
@@ -285,15 +285,19 @@ def _samples(tensor: YieldTensor, job: _Job, scaling: Scaling) -> Samples:
     )
 
 
-class _OneThread(AbstractContextManager[None]):
-    """Sums in another order round differently: one thread, so that every engine gives the same bits."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with a single thread inside, as before outside.
 
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *problem: object) -> None:
-        torch.set_num_threads(self.before)
+    Sums in another order round differently, so this is what makes engines agree to the bit; and on small batches a
+    second thread costs more than it brings.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_whole(table: pa.Table, path: Path) -> None:

@@ -80,9 +80,9 @@ class SimulationConfig:
     """Technology: bu/acre gained per year."""
     yield_noise: float = 0.035
     """Standard deviation of a county's surveyed yield around the true one, as a share of it."""
-    moderate_spell: tuple[float, float] = (3.6, 0.60)
+    moderate_spell: tuple[float, float] = (3.0, 0.50)
     """Warming (K) and share of rain lost in the fourth season, strongest in the north-west."""
-    strong_spell: tuple[float, float] = (4.0, 0.60)
+    strong_spell: tuple[float, float] = (4.2, 0.62)
     """The same in the last season, strongest in the south-east."""
     constants: CropConstants = field(default_factory=CropConstants)
 
