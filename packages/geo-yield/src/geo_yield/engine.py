@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,7 +80,7 @@ def _one_pool(function: Callable[[Unit], Result], units: dict[int, Unit], worker
     """Until all are done or a worker dies. Few units wait in the pool at a time, so many cost no memory."""
     waiting = iter(list(units.items()))
     running: dict[Future[Result], int] = {}
-    pool = ProcessPoolExecutor(workers, mp_context=_context(function))
+    pool = ProcessPoolExecutor(workers, mp_context=_context(function), initializer=_end_with_parent)
     try:
         while True:
             while len(running) < 2 * workers and (entry := next(waiting, None)) is not None:
@@ -98,6 +99,18 @@ def _context(function: Callable[[Unit], Result]) -> multiprocessing.context.Base
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     return context
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers, which would wait for work, and keep its pipes open, for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _single_threaded(function: Callable[[Unit], Result], unit: Unit) -> Result:
