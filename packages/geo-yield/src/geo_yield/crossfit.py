@@ -159,7 +159,7 @@ def held_out_parts(samples: Samples, *, folds: int, group: str, seed: int) -> li
         )
     parts = min(SPLIT_PARTS if folds == 1 else folds, len(names))
     if parts < folds:
-        _log.info("%d members instead of %d: there are only %d %s groups", parts, folds, len(names), group)
+        _log.debug("%d folds instead of %d: there are only %d %s groups", parts, folds, len(names), group)
     # shuffled, since neighbours in the alphabet of region ids are neighbours on the map
     shuffled = np.random.default_rng(seed).permutation(names)
     masks = [np.isin(groups, part) for part in np.array_split(shuffled, parts)]
