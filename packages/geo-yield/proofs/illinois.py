@@ -51,7 +51,8 @@ from geo_yield.training import DFYPRegressor, TrainConfig
 PROTOCOLS = ("spatial", "leave-one-year-out")
 SERIES = ("ri", "evi", "ndvi", "savi")
 BINS, BATCH, STEPS, DEEP_GP_STEPS = 16, 16, (60, 120, 300), 150
-DFYP, IMAGES_ONLY, RIVAL, STRONGEST = "DFYP + history", "DFYP", "ridge + history", "ridge on what history leaves"
+DFYP, IMAGES_ONLY, DEEP_GP = "DFYP + history", "DFYP", "Deep GP"
+RIVAL, STRONGEST = "ridge + history", "ridge on what history leaves"
 SEED, LEVEL = 0, 0.9
 
 log = logging.getLogger("illinois")
@@ -87,7 +88,7 @@ def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
         "random forest + history": lambda: RandomForest(history="feature"),
         DFYP: [partial(DFYPRegressor, model, replace(t, history="residual"), name=DFYP) for t in trainings],
         IMAGES_ONLY: partial(DFYPRegressor, model, trainings[1], name=IMAGES_ONLY),
-        "Deep GP": lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=DEEP_GP_STEPS),
+        DEEP_GP: lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=DEEP_GP_STEPS),
     }
 
 
@@ -188,7 +189,7 @@ def markdown(table: pd.DataFrame, comparisons: list[dict[str, object]]) -> str:
         f"{'counties' if c['cluster'] == 'region_id' else 'seasons'}: "
         f"{c['difference']:+.2f} bu/acre (95 %: {c['lower']:+.2f} to {c['upper']:+.2f})"
         for c in comparisons
-        if c["than"] in (RIVAL, STRONGEST)
+        if c["than"] in (RIVAL, STRONGEST, DEEP_GP)
     ]
     return head + "\n".join(lines) + "\n\n" + "\n".join(said) + "\n"
 
