@@ -338,24 +338,14 @@ def evaluate_files(
     """
     training = out / "training"
     methods = standard_methods(
-        samples,
-        learning,
-        protocol=protocol,
-        names=names,
-        test_years=test_years,
-        resume_dir=training,
+        samples, learning, protocol=protocol, names=names, test_years=test_years, resume_dir=training
     )
     if "DFYP" in names and not (out / "evaluation.parquet").exists():
         known = samples.take(np.isfinite(samples.target))
         for fold in make_folds(known, protocol=protocol, folds=folds, seed=learning.seed, test_years=test_years):
-            train_members(
-                known.take(fold.train),
-                learning,
-                group=CALIBRATION[protocol],
-                resume_dir=training,
-                workers=workers,
-                on_member=None if on_member is None else partial(on_member, fold.name),
-            )
+            tell = None if on_member is None else partial(on_member, fold.name)
+            rows_in, group = known.take(fold.train), CALIBRATION[protocol]
+            train_members(rows_in, learning, group=group, resume_dir=training, workers=workers, on_member=tell)
     with one_thread() if learning.size == "small" else nullcontext():
         rows = evaluate(
             samples,
@@ -369,29 +359,21 @@ def evaluate_files(
             resume_dir=out / "parts",
             on_fit=on_fit,
         )
-    _write_table(out / "evaluation.parquet", rows)
-    inputs = samples.inputs
-    facts = {
-        "crop": samples.crop,
-        "unit": samples.unit,
-        "simulated": simulated,
-        "protocol": protocol,
-        "level": learning.level,
-        "learning": _plain(learning),
-        "bands": inputs.bands if isinstance(inputs, IndexSeries) else json.loads(inputs.layout.to_json()),
-    }
-    _write_json(out / "evaluation.json", facts)
-    if not isinstance(inputs, IndexSeries):
-        seen = pd.DataFrame(
-            {
-                "region_id": inputs.region_id,
-                "year": inputs.year,
-                "valid_fraction": inputs.valid_fraction,
-                "missing_share": inputs.missing_share,
-            }
-        )
-        _write_table(out / "seen.parquet", seen)
+    _keep(rows, samples, out, {"protocol": protocol, "simulated": simulated, "learning": _plain(learning)})
     return rows
+
+
+def _keep(rows: pd.DataFrame, samples: Samples, out: Path, facts: Mapping[str, object]) -> None:
+    """evaluation.parquet, evaluation.json, and for histograms seen.parquet: how much of each region was seen."""
+    inputs = samples.inputs
+    _write_table(out / "evaluation.parquet", rows)
+    if isinstance(inputs, IndexSeries):
+        bands: object = inputs.bands
+    else:
+        bands = json.loads(inputs.layout.to_json())
+        columns = ("region_id", "year", "valid_fraction", "missing_share")
+        _write_table(out / "seen.parquet", pd.DataFrame({name: getattr(inputs, name) for name in columns}))
+    _write_json(out / "evaluation.json", {"crop": samples.crop, "unit": samples.unit, **facts, "bands": bands})
 
 
 def report_files(
@@ -412,7 +394,7 @@ def report_files(
     subject = Subject(
         crop=facts["crop"],
         unit=facts["unit"],
-        level=facts["level"],
+        level=facts["learning"]["level"],
         simulated=facts["simulated"],
         method=method,
         reference=reference,

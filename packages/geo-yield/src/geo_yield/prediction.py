@@ -175,11 +175,10 @@ def _fingerprint(
     store: HistogramStore, model: Path, settings: Sequence[object], yields: pd.DataFrame | None, regions: Path | None
 ) -> str:
     digest = hashlib.sha256(repr(settings).encode())
-    for file in (*store.files, *([regions] if regions else [])):
-        state = file.stat()
-        digest.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
-    for file in sorted(path for path in Path(model).iterdir() if path.is_file()):
-        digest.update(file.read_bytes())
+    inside = sorted(path for path in Path(model).iterdir() if path.is_file())
+    for file in (*store.files, *([regions] if regions else []), *inside):
+        with file.open("rb") as stream:  # by content: preparing again writes the same bytes with another date
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     if yields is not None:
         digest.update(yields.to_csv(index=False).encode())
     return digest.hexdigest()
