@@ -22,7 +22,6 @@ run, 5.40. The last is why the number of steps is now chosen inside; nothing els
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -130,7 +129,7 @@ def compare(rows: pd.DataFrame) -> list[dict[str, object]]:
     return found
 
 
-def write_results(samples: Samples, rows: pd.DataFrame, singles: pd.DataFrame, seconds: float, out: Path) -> None:
+def write_results(samples: Samples, rows: pd.DataFrame, singles: pd.DataFrame, out: Path) -> None:
     """JSON with every figure, the README's table, and the picture; each whole or not at all."""
     table = pooled(rows)
     intervals = [
@@ -154,7 +153,6 @@ def write_results(samples: Samples, rows: pd.DataFrame, singles: pd.DataFrame, s
             "members": 5,
         },
         "model": asdict(replace(DFYPConfig.small(7, operator="sobel"), bins=BINS)),
-        "seconds_of_this_run": round(seconds),
         "pooled": table.round(4).to_dict("records"),
         "by_year": summarise(rows).query("year != 'all'").round(4).to_dict("records"),
         "linear_single_fits": singles.round(4).drop(columns=["coverage", "width"]).to_dict("records"),
@@ -268,7 +266,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)  # small batches: a second thread costs more than it brings
-    samples, started = read_samples(arguments.data), time.monotonic()
+    samples = read_samples(arguments.data)
     parts = []
     for protocol in PROTOCOLS:
         part = evaluate(
@@ -281,7 +279,7 @@ def main() -> None:
             on_fit=lambda fold, method, done, total: log.info("%s: %s, %d of %d", fold, method, done, total),
         )
         parts.append(part)
-    write_results(samples, pd.concat(parts), single_fits(samples), time.monotonic() - started, arguments.out)
+    write_results(samples, pd.concat(parts), single_fits(samples), arguments.out)
 
 
 if __name__ == "__main__":
