@@ -40,3 +40,8 @@ def test_first_screen_holds_the_two_commands():
     first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
     for command in ("uv run apps/yield_predict.py", "uv run pytest"):
         assert command in first_screen
+
+
+def test_the_illinois_table_is_the_one_that_was_computed():
+    package = ROOT / "packages/geo-yield"
+    assert (package / "proofs/results/illinois.md").read_text() in (package / "README.md").read_text()
