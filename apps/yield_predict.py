@@ -319,7 +319,7 @@ def evaluate(
             unit=unit,
         )
     with _progress() as progress:
-        networks, task = progress.add_task("train networks", total=None), progress.add_task("fit", total=None)
+        ahead, task = progress.add_task("train networks", total=None), progress.add_task("fit", total=None)
         rows = evaluate_files(
             samples,
             out,
@@ -330,9 +330,7 @@ def evaluate(
             test_years=_years(test_years) if test_years else None,
             simulated=is_simulated(yields),
             workers=workers,
-            on_member=lambda fold, done, total: progress.update(
-                networks, completed=done, total=total, description=f"{fold}: train networks"
-            ),
+            on_unit=lambda done, total: progress.update(ahead, completed=done, total=total),
             on_fit=lambda fold, method, done, total: progress.update(
                 task, completed=done, total=total, description=f"{fold}: {method}"
             ),

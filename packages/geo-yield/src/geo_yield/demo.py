@@ -68,7 +68,7 @@ def demo(out: Path, plan: DemoPlan, *, on_step: OnStep | None = None) -> Demo:
         test_years=[last],
         simulated=True,
         workers=plan.workers,
-        on_member=lambda _, done, total: tell("train DFYP networks", done, total),
+        on_unit=lambda done, total: tell("train networks and forests", done, total),
         on_fit=lambda _, method, done, total: tell(f"compare methods ({method})", done, total),
     )
     earlier = samples.take(samples.year < last)

@@ -11,9 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +50,9 @@ from geo_yield.yields import join_yields, read_yields
 SENSORS = ("modis", "sentinel2")
 METHODS = ("mean", "county history", "county trend", "ridge", "ridge + history", "random forest", "Deep GP", "DFYP")
 """What `evaluate_files` compares, in this order."""
+
+SLOW = ("Deep GP", "random forest")
+"""Baselines that are worth a process of their own."""
 
 OnCount = Callable[[int, int], None]
 
@@ -175,44 +177,43 @@ def join_files(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Member:
-    """One network to train in a process of its own."""
+class _Network:
+    """One network of an ensemble, to be trained in a process of its own."""
 
     samples: Samples
     learning: Learning
     resume_dir: Path
     seed: int
 
+    def run(self) -> None:
+        self.learning.regressor(self.samples, self.resume_dir).fit(self.samples, seed=self.seed)
 
-def train_members(
-    samples: Samples,
-    learning: Learning,
-    *,
-    group: str,
-    resume_dir: Path,
-    workers: int | None = None,
-    on_member: OnCount | None = None,
-) -> None:
-    """Train the networks that a `CrossFit` of these settings needs, several at a time; it finds them in `resume_dir`.
 
-    A small network on small batches gains nothing from a second processor, a second network does. Does nothing for the
-    paper's network, and where every fit chooses an operator first: `CrossFit` trains these itself.
+def _networks(samples: Samples, learning: Learning, *, group: str, resume_dir: Path) -> list[_Network]:
+    """The networks that a `CrossFit` of these settings will ask for, which it then finds in `resume_dir`.
+
+    None for the paper's network, which can use every processor by itself, and none where every fit chooses an operator
+    first: `CrossFit` trains these.
     """
     if learning.size != "small" or learning.candidates:
-        return
+        return []
     known = samples.take(np.isfinite(samples.target))
     parts = held_out_parts(known, folds=learning.members, group=group, seed=learning.seed)
-    units = [
-        _Member(samples=known.take(~part), learning=learning, resume_dir=resume_dir, seed=learning.seed + k)
+    return [
+        _Network(samples=known.take(~part), learning=learning, resume_dir=resume_dir, seed=learning.seed + k)
         for k, part in enumerate(parts)
     ]
-    for done, _ in enumerate(run_units(_train_member, units, workers=workers), 1):
-        if on_member:
-            on_member(done, len(units))
 
 
-def _train_member(unit: _Member) -> None:
-    unit.learning.regressor(unit.samples, unit.resume_dir).fit(unit.samples, seed=unit.seed)
+def _run_ahead(units: Sequence["_Network | _Method"], workers: int | None, on_unit: OnCount | None) -> None:
+    """Side by side: small networks on small batches gain nothing from a second processor, a second network does."""
+    for done, _ in enumerate(run_units(_run, units, workers=workers), 1):
+        if on_unit:
+            on_unit(done, len(units))
+
+
+def _run(unit: "_Network | _Method") -> None:
+    unit.run()
 
 
 def train_files(
@@ -234,11 +235,12 @@ def train_files(
     known = np.isfinite(samples.target)
     group = "year" if len(set(samples.year[known].tolist())) > 1 else "region"
     if resume_dir is None:
-        train_members(samples, learning, group=group, resume_dir=folder, workers=workers, on_member=on_member)
+        _run_ahead(_networks(samples, learning, group=group, resume_dir=folder), workers, on_member)
     ensemble = CrossFit(
         lambda: learning.regressor(samples, folder), folds=learning.members, group=group, level=learning.level
     )
-    ensemble.fit(samples, seed=learning.seed)
+    with _threads_for(learning):
+        ensemble.fit(samples, seed=learning.seed)
     facts = {"years": sorted(set(samples.year[known].tolist())), "rows": int(known.sum()), "learning": _plain(learning)}
     save_model(ensemble, out, metadata=facts | dict(metadata or {}))
     if resume_dir is None:
@@ -317,6 +319,69 @@ def _inner_group(samples: Samples, protocol: str, members: int, test_years: Sequ
     return "year" if earlier - left_out >= 2 else "region"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """An evaluation as it was asked for; any part of it can be done in another process and is then found on disk."""
+
+    samples: Samples
+    learning: Learning
+    protocol: str
+    folds: int
+    test_years: Sequence[int] | None
+    out: Path
+
+    def methods(self, names: Sequence[str]) -> dict[str, Callable[[], Regressor]]:
+        return standard_methods(
+            self.samples,
+            self.learning,
+            protocol=self.protocol,
+            names=names,
+            test_years=self.test_years,
+            resume_dir=self.out / "training",
+        )
+
+    def units(self, names: Sequence[str]) -> list["_Network | _Method"]:
+        """The parts that take long: slow baselines whole, and each network of every fold."""
+        units: list[_Network | _Method] = [_Method(comparison=self, name=name) for name in SLOW if name in names]
+        if "DFYP" not in names:
+            return units
+        known, seed = self.samples.take(np.isfinite(self.samples.target)), self.learning.seed
+        splits = make_folds(known, protocol=self.protocol, folds=self.folds, seed=seed, test_years=self.test_years)
+        for fold in splits:
+            group, resume_dir = CALIBRATION[self.protocol], self.out / "training"
+            units += _networks(known.take(fold.train), self.learning, group=group, resume_dir=resume_dir)
+        return units
+
+    def run(
+        self,
+        methods: Mapping[str, Callable[[], Regressor]],
+        on_fit: Callable[[str, str, int, int], None] | None = None,
+    ) -> pd.DataFrame:
+        return evaluate(
+            self.samples,
+            methods,
+            protocol=self.protocol,
+            test_years=self.test_years,
+            folds=self.folds,
+            members=self.learning.members,
+            seed=self.learning.seed,
+            level=self.learning.level,
+            resume_dir=self.out / "parts",
+            on_fit=on_fit,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Method:
+    """One baseline in all folds, in a process of its own."""
+
+    comparison: _Comparison
+    name: str
+
+    def run(self) -> None:
+        self.comparison.run(self.comparison.methods([self.name]))
+
+
 def evaluate_files(
     samples: Samples,
     out: Path,
@@ -328,37 +393,22 @@ def evaluate_files(
     test_years: Sequence[int] | None = None,
     simulated: bool = False,
     workers: int | None = None,
-    on_member: Callable[[str, int, int], None] | None = None,
+    on_unit: OnCount | None = None,
     on_fit: Callable[[str, str, int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Compare methods and keep the rows in `<out>/evaluation.parquet`, with what `report_files` needs.
 
-    DFYP's networks are trained first, `workers` at a time: on_member(fold, done, total). Then every method of each fold
-    is fitted and asked: on_fit(fold, method, done, total).
+    What takes long is done first, `workers` at a time: on_unit(done, total). Then every method of each fold is fitted,
+    or read back: on_fit(fold, method, done, total).
     """
-    training = out / "training"
-    methods = standard_methods(
-        samples, learning, protocol=protocol, names=names, test_years=test_years, resume_dir=training
+    comparison = _Comparison(
+        samples=samples, learning=learning, protocol=protocol, folds=folds, test_years=test_years, out=out
     )
-    if "DFYP" in names and not (out / "evaluation.parquet").exists():
-        known = samples.take(np.isfinite(samples.target))
-        for fold in make_folds(known, protocol=protocol, folds=folds, seed=learning.seed, test_years=test_years):
-            tell = None if on_member is None else partial(on_member, fold.name)
-            rows_in, group = known.take(fold.train), CALIBRATION[protocol]
-            train_members(rows_in, learning, group=group, resume_dir=training, workers=workers, on_member=tell)
-    with one_thread() if learning.size == "small" else nullcontext():
-        rows = evaluate(
-            samples,
-            methods,
-            protocol=protocol,
-            test_years=test_years,
-            folds=folds,
-            members=learning.members,
-            seed=learning.seed,
-            level=learning.level,
-            resume_dir=out / "parts",
-            on_fit=on_fit,
-        )
+    methods = comparison.methods(names)
+    if not (out / "evaluation.parquet").exists():
+        _run_ahead(comparison.units(names), workers, on_unit)
+    with _threads_for(learning):
+        rows = comparison.run(methods, on_fit)
     _keep(rows, samples, out, {"protocol": protocol, "simulated": simulated, "learning": _plain(learning)})
     return rows
 
@@ -436,6 +486,11 @@ def _with_chosen(config: DFYPConfig, path: Path) -> DFYPConfig:
 def is_simulated(yields: Path) -> bool:
     """Whether a table of yields lies in a folder that `geo_yield.simulator.simulate` wrote."""
     return (yields.parent / "simulation.json").exists()
+
+
+def _threads_for(learning: Learning) -> AbstractContextManager[None]:
+    """One thread for small networks, which makes results repeat to the bit; all for the paper's."""
+    return one_thread() if learning.size == "small" else nullcontext()
 
 
 def _plain(learning: Learning) -> dict[str, object]:

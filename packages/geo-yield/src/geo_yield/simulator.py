@@ -155,7 +155,7 @@ def simulate(
     config: SimulationConfig | None = None,
     on_season: Callable[[int], None] | None = None,
 ) -> SimulatedRegion:
-    """Write a simulated region into the new folder `out`; the same seed and config give the same bytes.
+    """Write a simulated region into the new folder `out`; the same seed and config give the same files.
 
     A folder that holds the same simulation already is left as it is. Raises InputProblem if `out` holds something else.
     `on_season` is called with the year after each season of imagery. The folder appears whole or not at all.
