@@ -7,12 +7,12 @@ functional-indices (without a licence, so they are not kept here). Yields come f
 own file also holds values they imputed. Writes illinois.json, illinois.md and illinois.png to `results/`; every
 finished (protocol, fold, method) is kept in --parts, so a second run goes on where the first stopped.
 
-Chosen inside the training rows of each fold: the number of steps of DFYP with history (60, 120 or 300, by the errors
-on left-out counties or seasons), ridge penalties, index limits, band means, the line through history, target scale,
-every interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; DFYP on
-images alone takes 120 steps, the Deep GP 150. 16 bins and batches of 16 instead of 32 are for speed (a value is
-spread over its two nearest bins, so its mean bin is the value, whatever their number). Copies: five under spatial
-folds, else one for each left-out season.
+Chosen inside the training rows of each fold: DFYP's number of steps (60, 120 or 300, by the errors on left-out
+counties or seasons), ridge penalties, index limits, band means, the line through history, target scale, every
+interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; the Deep GP
+takes 150 steps. 16 bins and batches of 16 instead of 32 are for speed (a value is spread over its two nearest bins,
+so its mean bin is the value, whatever their number). Copies: five under spatial folds, else one for each left-out
+season.
 
 Seen on the way with single fits (spatial, unseen season): 32 bins, batches of 64: 4.25, 6.01; 32 bins, batches of 32:
 3.97, not run; as here with 300 steps: 3.92, 5.64; the same with weight decay 1: not run, 5.65; with 120 steps: not
@@ -86,7 +86,7 @@ def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
         "random forest": RandomForest,
         "random forest + history": lambda: RandomForest(history="feature"),
         DFYP: [partial(DFYPRegressor, model, replace(t, history="residual"), name=DFYP) for t in trainings],
-        IMAGES_ONLY: partial(DFYPRegressor, model, trainings[1], name=IMAGES_ONLY),
+        IMAGES_ONLY: [partial(DFYPRegressor, model, training, name=IMAGES_ONLY) for training in trainings],
         DEEP_GP: lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=DEEP_GP_STEPS),
     }
 
