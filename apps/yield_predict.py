@@ -484,7 +484,8 @@ def _show_skill(table: "pd.DataFrame", unit: str, title: str) -> None:
 def _show(table: "pd.DataFrame", title: str) -> None:
     drawn = Table(title=title, title_justify="left")
     for column in table.columns:
-        drawn.add_column(str(column), justify="left" if column in ("method", "operator") else "right")
+        named = column in ("method", "operator")
+        drawn.add_column(str(column), justify="left" if named else "right", no_wrap=named)
     for row in table.itertuples(index=False):
         drawn.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
     stdout.print(drawn)
