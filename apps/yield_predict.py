@@ -477,8 +477,8 @@ def _show_skill(table: "pd.DataFrame", unit: str, title: str) -> None:
     for column in ("rmse", "mae", "r2", "me", "width"):
         shown[column] = shown[column].map("{:.2f}".format)
     shown["coverage"] = shown["coverage"].map("{:.0%}".format)
-    names = {"rmse": f"RMSE ({unit})", "mae": "MAE", "r2": "R2", "me": "ME", "width": "interval width"}
-    _show(shown.rename(columns=names), title)
+    names = {"rmse": "RMSE", "mae": "MAE", "r2": "R2", "me": "ME"}
+    _show(shown.rename(columns=names), f"{title}: RMSE, MAE, ME, width in {unit}")
 
 
 def _show(table: "pd.DataFrame", title: str) -> None:
