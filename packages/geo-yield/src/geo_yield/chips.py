@@ -11,7 +11,6 @@ to 20 m, row by row from the south; cells that do not meet the region are left o
 Shapes: G chips, S pixels per side.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -29,6 +28,7 @@ from shapely.geometry.base import BaseGeometry
 
 from geo_yield.errors import InputProblem
 from geo_yield.sentinel2 import Product, Sentinel2Scene
+from geo_yield.whole_files import whole_file
 
 CHIP_BANDS = ("B11", "B08", "B02")
 CHIP_METRES, CHIP_PIXELS = 9000, 224
@@ -170,16 +170,10 @@ def write_chips(path: Path, days: Mapping[date, Sequence[RegionChips]]) -> None:
         import h5py
     except ImportError:
         raise InputProblem("writing chips needs geo-yield[cropnet]: uv add 'geo-yield[cropnet]'") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with h5py.File(partial, "w") as stored:
-            stored.attrs["domain_shift"] = DOMAIN_SHIFT
-            for day, regions in days.items():
-                for one in regions:
-                    group = stored.create_group(f"{one.region_id}/{day:%Y-%m-%d}")
-                    group.create_dataset("data", data=one.chips, compression="gzip", compression_opts=1)
-                    group.create_dataset("coordinates", data=one.coordinates)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, h5py.File(partial, "w") as stored:
+        stored.attrs["domain_shift"] = DOMAIN_SHIFT
+        for day, regions in days.items():
+            for one in regions:
+                group = stored.create_group(f"{one.region_id}/{day:%Y-%m-%d}")
+                group.create_dataset("data", data=one.chips, compression="gzip", compression_opts=1)
+                group.create_dataset("coordinates", data=one.coordinates)

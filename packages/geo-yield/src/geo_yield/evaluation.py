@@ -12,7 +12,6 @@ Shapes: N rows.
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from geo_yield.crossfit import CrossFit, Regressor, group_of, without_target
 from geo_yield.errors import InputProblem
 from geo_yield.histograms import YieldTensor
 from geo_yield.samples import Samples, years_of
+from geo_yield.whole_files import whole_file
 
 CALIBRATION = {
     "leave-future-out": "year",
@@ -352,15 +352,9 @@ def _read_part(path: Path, fingerprint: str) -> pd.DataFrame | None:
 
 def _write_part(path: Path, part: pd.DataFrame, fingerprint: str) -> None:
     table = pa.Table.from_pandas(part, preserve_index=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(
-            table.replace_schema_metadata((table.schema.metadata or {}) | {_FINGERPRINT: fingerprint}), partial
-        )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = (table.schema.metadata or {}) | {_FINGERPRINT: fingerprint}
+    with whole_file(path) as partial:
+        pq.write_table(table.replace_schema_metadata(metadata), partial)
 
 
 def _slug(*parts: str) -> str:

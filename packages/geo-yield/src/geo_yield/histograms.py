@@ -11,7 +11,6 @@ Shapes: N rows (region, year), C bands, T composites, K bins.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int16, Int32, Shaped
 
 from geo_yield.errors import InputProblem
+from geo_yield.whole_files import whole_file
 
 ROWS_PER_GROUP = 64
 _LAYOUT_KEY = b"geo_yield.layout"
@@ -144,18 +144,15 @@ class YieldTensor:
 def write_histograms(path: Path, layout: HistogramLayout, batches: Iterable[YieldTensor]) -> int:
     """Stream `batches` into one Parquet file and return the number of rows. The file appears whole or not at all."""
     schema = _schema(layout)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = 0
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer:
-            for batch in batches:
-                layout.refuse_mismatch(batch.layout, given="a batch of histograms", expected=str(path))
-                writer.write_table(_to_arrow(batch, schema), row_group_size=ROWS_PER_GROUP)
-                rows += len(batch)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(path) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for batch in batches:
+            layout.refuse_mismatch(batch.layout, given="a batch of histograms", expected=str(path))
+            writer.write_table(_to_arrow(batch, schema), row_group_size=ROWS_PER_GROUP)
+            rows += len(batch)
     return rows
 
 

@@ -13,11 +13,10 @@ Shapes: C bands, T composites, K bins of the layout; H, W of a scene; Z regions 
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import geopandas
@@ -30,6 +29,7 @@ from geo_yield.errors import InputProblem
 from geo_yield.histograms import ROWS_PER_GROUP, HistogramLayout, HistogramStore, YieldTensor, write_histograms
 from geo_yield.regions import rasterise, region_points
 from geo_yield.scenes import Grid, Pixels, Scene
+from geo_yield.whole_files import whole_file
 from shared_kernels import zonal_histogram
 
 MISSING_SHARE_TO_WARN = 0.25
@@ -106,7 +106,8 @@ def count_unit(unit: Unit) -> str:
         table[:, 0] = rows
         table[:, 1] = np.bincount(labels[pixels.counted], minlength=len(rows) + 1)[1:]
         table[:, 2:] = _count(pixels, labels, layout, len(rows)).reshape(len(rows), C * K)
-    _write_whole(unit.folder / f"{scene.key}.npy", partial(_save, array=table))
+    with whole_file(unit.folder / f"{scene.key}.npy") as partial, partial.open("wb") as stream:
+        np.save(stream, table)
     return scene.key
 
 
@@ -144,29 +145,10 @@ def labels_of(folder: Path, regions: str, grid: Grid) -> tuple[Int32[np.ndarray,
         rows = present[present > 0] - 1
         position = np.zeros(present[-1] + 1, dtype=np.int32)
         position[rows + 1] = np.arange(1, len(rows) + 1)
-        _write_whole(path, partial(_save_labels, rows=rows, labels=position[found]))
+        with whole_file(path) as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, rows=rows, labels=position[found])
     with np.load(path) as saved:
         return saved["rows"], saved["labels"]
-
-
-def _save(file: Path, *, array: Shaped[np.ndarray, "..."]) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array)
-
-
-def _save_labels(file: Path, *, rows: Int32[np.ndarray, "Z"], labels: Int32[np.ndarray, "H W"]) -> None:
-    with file.open("wb") as stream:
-        np.savez_compressed(stream, rows=rows, labels=labels)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """The file appears whole or not at all; two writers of the same content do not disturb each other."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_doubtful(scenes: Sequence[Scene]) -> None:
@@ -195,13 +177,11 @@ def _open_folder(out: Path, regions: geopandas.GeoDataFrame, layout: HistogramLa
             raise InputProblem(f"'{out}' was begun with other regions. Give another folder, or remove it")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / "regions.parquet", regions[["region_id", "geometry"]].to_parquet)
-    _write_whole(job, lambda file: _save_text(file, json.dumps(asked)))
+    with whole_file(folder / "regions.parquet") as partial:
+        regions[["region_id", "geometry"]].to_parquet(partial)
+    with whole_file(job) as partial:
+        partial.write_text(json.dumps(asked))
     return folder
-
-
-def _save_text(file: Path, text: str) -> None:
-    file.write_text(text)
 
 
 def _digest(regions: geopandas.GeoDataFrame) -> str:
@@ -357,4 +337,5 @@ def _write_report(out: Path, scenes: Sequence[Scene], layout: HistogramLayout, c
             "valid_fraction": seen.valid_fraction,
         }
     report = {"layout": json.loads(layout.to_json()), "years": dict(sorted(years.items()))}
-    _write_whole(path, lambda file: _save_text(file, json.dumps(report, indent=1)))
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(report, indent=1))

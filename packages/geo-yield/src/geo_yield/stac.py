@@ -9,7 +9,6 @@ item, or under its file name; without one, at its address (GDAL reads https and 
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from geo_yield.sentinel2 import (
     tile_and_time,
     to_reflectance,
 )
+from geo_yield.whole_files import whole_file
 
 if TYPE_CHECKING:
     import xarray
@@ -189,9 +189,8 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
         }
         for item in items
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
 
 
 def cloud_below(items: Iterable[Item], max_cloud: float) -> list[Item]:

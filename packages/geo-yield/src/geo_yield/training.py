@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -38,6 +37,7 @@ from geo_yield.dfyp import DFYP, OPERATORS, DFYPConfig, Operator
 from geo_yield.errors import InputProblem
 from geo_yield.samples import Samples, years_of
 from geo_yield.scaling import History, Scaling, fit_scaling
+from geo_yield.whole_files import whole_file
 
 PREDICT_BATCH = 256
 
@@ -241,13 +241,8 @@ class TrainingRun:
             "random": torch.get_rng_state(),
             **{name: getattr(self, name) for name in _COUNTERS},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with whole_file(path) as partial:
             torch.save(state, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Go on from a file that `save` wrote. Raises InputProblem if it is damaged."""
