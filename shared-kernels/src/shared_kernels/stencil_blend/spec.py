@@ -38,7 +38,7 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             "chips": {"x": make.normal(8, 3, 224, 224), **_sobel(make)},
         }
     if size == "medium":
-        return {"several chunks": {"x": make.normal(7, 5, 61, 53), **_parameters(make)}}
+        return {"several chunks": {"x": make.normal(7, 13, 61, 53), **_parameters(make)}}
     return {
         "sobel": {"x": make.normal(2, 3, 13, 17), **_sobel(make), "eps": 1e-6},
         "learned": {"x": make.normal(1, 2, 11, 70), **_parameters(make, gain=True), "eps": 1e-4},
@@ -146,5 +146,5 @@ SPEC = OpSpec(
     ),
     launches=launches,
     cost=cost,
-    largest=lambda sample: max(sample["x"].numel(), 2 * 64_000 * torch.get_num_threads()),
+    largest=lambda sample: max(sample["x"].numel(), 4 * 100_000 * torch.get_num_threads()),
 )
