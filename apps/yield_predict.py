@@ -147,6 +147,9 @@ def prepare(
     years: Annotated[str, typer.Option("--years", "--year", help="Harvest years: 2015-2022 or 2019,2021.")],
     sensor: Annotated[Sensor, typer.Option(help="What the images are.")] = Sensor.modis,
     inputs: Annotated[list[Path] | None, typer.Option(help="Folder of images; repeat for several.")] = None,
+    stack_first_year: Annotated[
+        int | None, typer.Option(help="First year of Earth Engine exports, one file for all dates (use --qa none).")
+    ] = None,
     stac: Annotated[Path | None, typer.Option(help="Instead of --inputs: a file of STAC items.")] = None,
     assets_root: Annotated[Path | None, typer.Option(help="Folder that the items' files were downloaded to.")] = None,
     mask: Annotated[str, typer.Option(help="Pixels that count, e.g. mcd12q1:12,14 or none (default: cropland).")] = "",
@@ -172,6 +175,7 @@ def prepare(
         sensor=sensor.value,
         years=_years(years),
         inputs=tuple(inputs or ()),
+        stack_first_year=stack_first_year,
         stac=stac,
         assets_root=assets_root,
         mask=mask,

@@ -110,6 +110,8 @@ class Images:
     """Harvest years."""
     inputs: tuple[Path, ...] = ()
     """Folders of images."""
+    stack_first_year: int | None = None
+    """First year of stacks exported from Earth Engine, if the folders hold such; see `find_composites`."""
     stac: Path | None = None
     """Instead of folders: a file of STAC items."""
     assets_root: Path | None = None
@@ -148,7 +150,9 @@ class Images:
             )
         if layout.sensor == SENSOR:
             return sentinel2_scenes(self.inputs, years=self.years, layout=layout, mask_map=self.mask_map)
-        return modis_scenes(list(self.inputs), years=self.years, mask=self.mask_map)
+        return modis_scenes(
+            list(self.inputs), years=self.years, mask=self.mask_map, stack_first_year=self.stack_first_year
+        )
 
 
 def prepare_files(
