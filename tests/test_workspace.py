@@ -91,11 +91,13 @@ def test_public_functions_say_what_they_do():
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
                 continue
-            if path.name in ("cpu.py", "triton.py", "spec.py"):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if path.name in ("cpu.py", "triton.py", "spec.py") or "overload" in decorators:
                 continue  # the docstring stands once, on the face
             if ast.get_docstring(node) is None:
                 silent.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
-            if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
+            host_demands = "register_model" in decorators  # timm calls its models with whatever create_model was given
+            if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None and not host_demands:
                 silent.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}")
     assert not silent
 
