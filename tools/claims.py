@@ -13,6 +13,7 @@ and, where it has something to say,
   TARGET, TARGET_RATE   the ratio, and the amount per second, that must be reached
   TARGET_AT             argument -> values at which the targets hold; everywhere if absent
   THREADS               1 if absent
+  ROUNDS                turns of each rival, 7 if absent
   DEVICES               ("cpu", "cuda") if absent
   SLOW                  True if it takes over 20 seconds at its smallest size; tests then leave it to `-m slow`
 
@@ -119,13 +120,14 @@ def _package(file: Path) -> str:
     return file.parents[1].name
 
 
-def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int | None = None) -> dict[str, Any]:
     """Check the rivals against each other at one point of the sweep, then time them; `rounds=1` runs each once.
 
     Returns point, seconds (median per rival), spread (20 and 80 % quantiles), ratio, and rate and price if the claim
     has them. AssertionError of the claim's check passes through: no figure comes from a wrong result.
     """
     module = claim.module
+    rounds = rounds or getattr(module, "ROUNDS", ROUNDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(claim.threads)
     try:

@@ -27,6 +27,8 @@ SWEEP = {"regions": (100, 1000)}
 BASELINE = "everything at once"
 DEVICES = ("cpu",)
 SLOW = True
+ROUNDS = 1  # memory is what is claimed, and each turn starts a process
+THREADS = 2  # by the wall clock, which child processes run under too
 
 _CHILD = """
 import sys
