@@ -127,7 +127,7 @@ def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int 
     has them. AssertionError of the claim's check passes through: no figure comes from a wrong result.
     """
     module = claim.module
-    rounds = rounds or getattr(module, "ROUNDS", ROUNDS)
+    turns_each = getattr(module, "ROUNDS", ROUNDS) if rounds is None else rounds
     threads = torch.get_num_threads()
     torch.set_num_threads(claim.threads)
     try:
@@ -141,7 +141,7 @@ def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int 
         module.check(outputs)
         price = module.price(outputs) if hasattr(module, "price") else {}
         del outputs
-        turns = _take_turns(module.RIVALS, inputs, device=device, threads=claim.threads, rounds=rounds)
+        turns = _take_turns(module.RIVALS, inputs, device=device, threads=claim.threads, rounds=turns_each)
     finally:
         torch.set_num_threads(threads)
     seconds = {name: statistics.median(times) for name, times in turns.items()}
