@@ -157,6 +157,10 @@ def prepare(
     qa: Annotated[
         Quality, typer.Option(help="'none' keeps cloudy pixels, as the published pipelines do.")
     ] = Quality.default,
+    offset: Annotated[
+        float | None, typer.Option(help="Sentinel-2 without metadata: -1000 from baseline 04.00 on, 0 before.")
+    ] = None,
+    max_cloud: Annotated[float, typer.Option(help="Sentinel-2: leave out cloudier images, in per cent.")] = 100.0,
     id_column: IdColumn = None,
     out: Annotated[Path, typer.Option(help="Folder for one histogram file per year.")] = Path("histograms"),
     engine: On = Engine.local,
@@ -181,6 +185,8 @@ def prepare(
         mask=mask,
         mask_map=mask_map,
         qa=qa.value,
+        offset=offset,
+        max_cloud=max_cloud,
     )
     with _counting("read images") as count:
         files = prepare_files(

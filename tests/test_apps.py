@@ -6,15 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 
 import geopandas
+import numpy as np
 import pandas as pd
 import pytest
+import rasterio
+import shapely
+from affine import Affine
 from typer.testing import CliRunner
 
 from geo_yield.errors import InputProblem
+from geo_yield.histograms import HistogramStore
+from geo_yield.sentinel2 import DEFAULT_BANDS
 
 APP = Path(__file__).resolve().parents[1] / "apps" / "yield_predict.py"
 COMMANDS = ("simulate", "prepare", "train", "select-operator", "evaluate", "predict", "report")
@@ -135,6 +142,42 @@ def test_the_jobs_one_by_one(demo: tuple[Path, str], module: ModuleType, tmp_pat
     season = "--inputs {run}/histograms --yields {region}/yields.csv --year 2018"
     call(module, f"predict {season} --model {{tmp}}/model --out {{tmp}}/yields.parquet --workers 1", **places)
     assert set(geopandas.read_parquet(tmp_path / "yields.parquet").geom_type) == {"Point"}
+
+
+def write_sentinel2(folder: Path, day: str, level: int) -> None:
+    """One small overpass, a GeoTIFF per band: 20 m pixels of 15 N, all vegetation but a cloudy left half."""
+    folder.mkdir(exist_ok=True)
+    profile = {"driver": "GTiff", "height": 10, "width": 16, "count": 1, "dtype": "uint16", "crs": "EPSG:32615"}
+    profile["transform"] = Affine(20, 0, 400_000, 0, -20, 4_600_000)
+    for number, band in enumerate(DEFAULT_BANDS):
+        with rasterio.open(folder / f"T15TVH_{day}_{band}.tif", "w", **profile) as file:
+            file.write(np.full((1, 10, 16), 1000 + level + 100 * number, np.uint16))
+    classes = np.full((1, 10, 16), 4, np.uint8)
+    classes[:, :, :8] = 9
+    with rasterio.open(folder / f"T15TVH_{day}_SCL.tif", "w", **{**profile, "dtype": "uint8"}) as file:
+        file.write(classes)
+
+
+def test_sentinel2_images_are_prepared(module: ModuleType, tmp_path: Path) -> None:
+    """Reflectance after the offset, clear pixels only, in the month of the overpass."""
+    write_sentinel2(tmp_path / "s2", "20220604", 1500)
+    write_sentinel2(tmp_path / "s2", "20220714", 2500)
+    shape = shapely.box(400_040, 4_599_840, 400_280, 4_599_960)  # 12 x 6 pixels, 6 columns of them clear
+    parcels = geopandas.GeoDataFrame({"region_id": ["007"]}, geometry=[shape], crs=32615)
+    parcels.to_file(tmp_path / "parcels.gpkg")
+    given = "--sensor sentinel2 --inputs {tmp}/s2 --regions {tmp}/parcels.gpkg --year 2022 --workers 1"
+    call(module, f"prepare {given} --offset -1000 --out {{tmp}}/histograms", tmp=tmp_path)
+    seen = HistogramStore(tmp_path / "histograms").read()
+    assert seen.layout.sensor == "sentinel2-l2a"
+    assert seen.region_id.tolist() == ["007"]
+    assert seen.pixel_count.tolist() == [72]
+    months = [date.fromordinal(date(2022, 1, 1).toordinal() + day - 1).month for day in seen.layout.doy]
+    band, june, july = DEFAULT_BANDS.index("B04"), months.index(6), months.index(7)
+    assert seen.valid_count[0, band].tolist() == [36 if month in (6, 7) else 0 for month in months]
+    for step, level in ((june, 0.15), (july, 0.25)):
+        edges = seen.layout.edges[band]
+        expected = np.histogram([level + 0.01 * band], edges)[0]
+        assert seen.image[0, band, step].tolist() == expected.tolist()
 
 
 def test_predictions_become_a_map(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ class Images:
     """Land cover: a folder of MCD12Q1 (if it is not among the inputs), or any map for Sentinel-2."""
     qa: str = "default"
     """"default" drops clouds, shadows and bad retrievals; "none" keeps them, as the published pipelines do."""
+    offset: float | None = None
+    """Sentinel-2 whose metadata do not tell: added to DN, -1000 from baseline 04.00 on; see `offset_for`."""
+    max_cloud: float = 100.0
+    """Sentinel-2: products cloudier than this many per cent are left out."""
 
     def __post_init__(self) -> None:
         if self.sensor not in SENSORS:
@@ -144,12 +148,24 @@ class Images:
         if self.stac:
             from geo_yield.stac import read_items, stac_scenes
 
-            items = read_items(self.stac)
             return stac_scenes(
-                items, years=self.years, layout=layout, assets_root=self.assets_root, mask_map=self.mask_map
+                read_items(self.stac),
+                years=self.years,
+                layout=layout,
+                assets_root=self.assets_root,
+                offset=self.offset,
+                max_cloud=self.max_cloud,
+                mask_map=self.mask_map,
             )
         if layout.sensor == SENSOR:
-            return sentinel2_scenes(self.inputs, years=self.years, layout=layout, mask_map=self.mask_map)
+            return sentinel2_scenes(
+                self.inputs,
+                years=self.years,
+                layout=layout,
+                offset=self.offset,
+                max_cloud=self.max_cloud,
+                mask_map=self.mask_map,
+            )
         return modis_scenes(
             list(self.inputs), years=self.years, mask=self.mask_map, stack_first_year=self.stack_first_year
         )
