@@ -22,8 +22,8 @@ from geo_yield.modis import MODIS_LAYOUT
 from geo_yield.training import DFYPRegressor, TrainConfig
 from geo_yield.yields import join_yields
 
-CLAIM = "predict needs about as much memory for 1,000 regions as for 100; reading everything at once grows with them."
-SWEEP = {"regions": (100, 1000)}
+CLAIM = "predict needs no more memory for 3,000 regions than for 1,000; reading everything at once grows with them."
+SWEEP = {"regions": (100, 1000, 3000)}
 BASELINE = "everything at once"
 DEVICES = ("cpu",)
 SLOW = True
