@@ -8,7 +8,6 @@ the `simulation.json` of `geo_yield.simulator` are simulated, and what is made f
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -45,6 +44,7 @@ from geo_yield.training import (
     select_operator,
     select_operators_by_year,
 )
+from geo_yield.whole_files import whole_file
 from geo_yield.yields import join_yields, read_yields
 
 SENSORS = ("modis", "sentinel2")
@@ -518,14 +518,10 @@ def _plain(learning: Learning) -> dict[str, object]:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    table.to_parquet(temporary, index=False)
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        table.to_parquet(partial, index=False)

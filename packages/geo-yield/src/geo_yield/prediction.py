@@ -14,7 +14,6 @@ Shapes: N rows of a unit.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from geo_yield.regions import ID_COLUMNS, read_regions
 from geo_yield.samples import Samples
 from geo_yield.scaling import Scaling
 from geo_yield.training import DFYPRegressor
+from geo_yield.whole_files import whole_file
 from geo_yield.yields import convert_yields, county_history, match_key
 
 MISSING_SHARE_TO_WARN = 0.25
@@ -300,12 +300,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _write_whole(table: pa.Table, path: Path) -> None:
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, partial_path)
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 class _Shapes:
@@ -363,19 +359,14 @@ def _feature_numbers(path: Path, id_column: str | None) -> pd.Series:
 def _join(job: _Job, units: Sequence[_Unit], out: Path, shapes: _Shapes) -> None:
     """Stream the finished units into one GeoParquet file, in the order of the store."""
     schema = pa.schema([*_COLUMNS.items(), ("geometry", pa.binary())], metadata=_metadata(job))
-    partial_path = out.with_name(f".{out.name}.{os.getpid()}.partial")
     poorly_seen = 0
-    try:
-        with pq.ParquetWriter(partial_path, schema, compression="zstd") as writer:
-            for unit in units:
-                table = pq.read_table(job.folder / unit.name)
-                geometry = shapes.of(table["region_id"].to_pylist(), table["point"].to_pylist())
-                joined = table.drop_columns("point").append_column("geometry", pa.array(geometry, pa.binary()))
-                writer.write_table(joined.cast(schema))
-                poorly_seen += int((table["missing_share"].to_numpy() > MISSING_SHARE_TO_WARN).sum())
-        partial_path.replace(out)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with whole_file(out) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        for unit in units:
+            table = pq.read_table(job.folder / unit.name)
+            geometry = shapes.of(table["region_id"].to_pylist(), table["point"].to_pylist())
+            joined = table.drop_columns("point").append_column("geometry", pa.array(geometry, pa.binary()))
+            writer.write_table(joined.cast(schema))
+            poorly_seen += int((table["missing_share"].to_numpy() > MISSING_SHARE_TO_WARN).sum())
     if poorly_seen:
         log.warning(
             "%d rows miss more than %.0f %% of bands and composites; see missing_share",

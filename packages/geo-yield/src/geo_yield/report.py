@@ -10,7 +10,6 @@ Shapes: N rows (region, year) of one method.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 
 from geo_yield.errors import InputProblem
 from geo_yield.evaluation import bootstrap_rmse, paired_bootstrap, rmse, summarise
+from geo_yield.whole_files import whole_file
 
 PACKAGES = ("geo-yield", "shared-kernels", "torch", "numpy", "scikit-learn", "rasterio", "geopandas")
 _YIELDS, _ERRORS, _SURE = "YlGn", "RdBu_r", "YlOrBr"
@@ -437,15 +437,12 @@ def _span(years: pd.Series) -> str:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})  # no version inside: same rows, same bytes
-    partial.replace(out)
+    with whole_file(out) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})  # no version inside: same rows, same bytes
     return out
 
 
 def _write_text(out: Path, text: str) -> Path:
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(out)
+    with whole_file(out) as partial:
+        partial.write_text(text)
     return out
