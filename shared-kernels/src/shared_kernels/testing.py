@@ -90,7 +90,7 @@ class OpSpec:
     spill_allowed: Mapping[str, int] = field(default_factory=dict)
     """Target -> bytes of registers per thread that a kernel may spill; elsewhere none."""
     largest: Callable[[Sample], int] | None = None
-    """Sample -> elements that no intermediate tensor of the CPU code may exceed: the memory promise."""
+    """Sample -> elements that no intermediate tensor of the CPU code may exceed on one thread: the memory promise."""
 
     @property
     def name(self) -> str:
