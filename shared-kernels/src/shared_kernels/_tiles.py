@@ -1,0 +1,84 @@
+"""Tile loads and softmax steps that the kernels of several ops share, and what their host code asks of the target.
+
+Everything inside kernels is float32, widened right after the load: Triton's interpreter keeps bfloat16 as bit patterns.
+Softmax is to base 2: the scale is multiplied by log2(e) on the host, which spares a multiplication for each score.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+_NEAREST = {8: {0: "sm_80", 6: "sm_89", 7: "sm_80", 9: "sm_89"}, 9: {0: "sm_90"}, 10: {}, 12: {}}
+
+
+@triton.jit
+def load_tile(base, rows, columns, stride_row, num_rows, num_columns):
+    """rows x columns of a matrix whose columns are neighbours in memory; zeros outside. 64-bit offsets."""
+    inside = (rows >= 0)[:, None] & (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, values, rows, columns, stride_row, num_rows, num_columns):
+    """The tile of `load_tile` written back, in the dtype of the target."""
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    tl.store(base + offsets, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax_step(scores, top, total):
+    """One step of the online softmax over rows: scores (M, N) to base 2, -inf where there is no key.
+
+    Returns the new running maximum and sum, the step's weights, and the factor that shrinks what was summed so far.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    return new_top, total * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
+def softmax_end(top, total):
+    """1 / sum and natural log-sum-exp of every row; 0 and -inf where there was no key."""
+    empty = total == 0.0
+    inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    return inverse, lse
+
+
+def width(columns: int) -> int:
+    """The power of two that covers so many columns in `tl.dot`, which needs 16 of them."""
+    return max(16, triton.next_power_of_2(columns))
+
+
+def target(tensor: Tensor) -> str:
+    """The entry of a tile table that serves this tensor: a key of `triton_compiler.TARGETS`, or "interpreter"."""
+    if tensor.device.type == "cpu":
+        return "interpreter"
+    gpu = driver.active.get_current_target()
+    if gpu.backend == "hip":
+        return "gfx942"
+    major, minor = divmod(int(gpu.arch), 10)
+    return _NEAREST.get(major, {}).get(minor, f"sm_{major}0")
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """`input_precision` of `tl.dot`: float32 stays float32 to the last bits unless torch was told that less will do."""
+    if tensor.dtype != torch.float32 or tensor.device.type == "cpu":
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if driver.active.get_current_target().backend == "hip" else "tf32x3"
+
+
+def strided_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, as kernels need it, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
