@@ -8,8 +8,9 @@ run time, so a compiled graph obeys `backend` too.
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -18,13 +19,6 @@ Backend = Literal["reference", "cpu", "triton"]
 forced: Backend | None = None
 
 _OF_DEVICE: dict[str, Backend] = {"cpu": "cpu", "cuda": "triton"}  # ROCm devices are called "cuda" too
-
-
-class Implementation(Protocol):
-    """What `cpu.py` and `triton.py` of every op offer; arguments are those of the registered ops."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
 
 
 @contextlib.contextmanager
@@ -46,8 +40,12 @@ def backend(name: Backend) -> Iterator[None]:
         forced = before
 
 
-def implementation(op: str, tensor: Tensor) -> Implementation:
-    """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: who does not need Triton does not need it here."""
+def implementation(op: str, tensor: Tensor) -> Any:
+    """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: who does not need Triton does not need it here.
+
+    Both hold `forward` for the registered op <op>, and a function called like what follows in the name of each further
+    one: `backward` for <op>_backward, `phase1` for <op>_phase1. Arguments are those of the registered ops.
+    """
     name = forced or _OF_DEVICE[tensor.device.type]
     module = importlib.import_module(f"shared_kernels.{op}.{name}")
     if name == "triton" and tensor.device.type == "cpu":
@@ -59,15 +57,27 @@ class _Interpreted:
     """A triton implementation whose calls run in the interpreter."""
 
     def __init__(self, module: Any) -> None:
-        self.forward = _within_interpreter(module.forward)
-        self.backward = _within_interpreter(module.backward)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+
+        def call(*args: Any) -> Any:
+            from shared_kernels.triton_interpreter import interpreted
+
+            with interpreted():
+                return function(*args)
+
+        return call
 
 
-def _within_interpreter(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from shared_kernels.triton_interpreter import interpreted
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of the autocast in force, if one is, as torch's own attention takes them.
 
-        with interpreted():
-            return function(*args)
-
-    return call
+    Done in an op's face, since a registered autocast would also cast what must stay wide, log-sum-exps and biases.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -2,9 +2,10 @@
 
 The rule: inputs are rounded to the dtype first; the truth is the reference on them in float64; an implementation's
 error, relative and by norm, may be at most twice that of the reference run in that dtype, plus half an eps of it. What
-is not finite must be the same in both, and is compared first.
+is not finite must be the same in both, and is compared first; so must integers and booleans be.
 
-An op joins by its folder: `operations()` finds every `shared_kernels/<op>/spec.py` that holds a `SPEC`.
+An op joins by its folder: `operations()` finds every `shared_kernels/<op>/spec.py`, which holds a `SPEC`, or `SPECS` if
+several public functions share one folder.
 """
 
 import importlib
@@ -16,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import shared_kernels
 
 Sample = dict[str, Any]
-"""Keyword arguments of one call of an op."""
+"""Keyword arguments of one call of an op; values may be lists of tensors."""
 
 Refusal = tuple[Sample, type[Exception], str]
 """Arguments that spoil a good sample, the exception that must come, and a pattern of its message."""
@@ -94,23 +96,42 @@ class OpSpec:
 
     @property
     def name(self) -> str:
-        """That of the public function, of the folder and of the registered op."""
+        """That of the public function."""
         return self.op.__name__
 
 
 def operations() -> dict[str, OpSpec]:
     """Every op's spec by name, found by folder."""
-    folders = [module.name for module in pkgutil.iter_modules(shared_kernels.__path__) if module.ispkg]
-    return {name: importlib.import_module(f"shared_kernels.{name}.spec").SPEC for name in folders}
+    modules = [importlib.import_module(f"shared_kernels.{folder}.spec") for folder in _folders()]
+    specs = [spec for module in modules for spec in getattr(module, "SPECS", None) or (module.SPEC,)]
+    return {spec.name: spec for spec in specs}
+
+
+def _folders() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(shared_kernels.__path__) if module.ispkg]
+
+
+def cpu_function(library_op: Any) -> Callable[..., Any]:
+    """The function of `cpu.py` behind a registered op: `forward`, or what follows the folder's name in the op's."""
+    name = library_op._schema.name.split("::")[1]
+    folder = max((f for f in _folders() if name == f or name.startswith(f"{f}_")), key=len)
+    function = name.removeprefix(folder).removeprefix("_") or "forward"
+    return getattr(importlib.import_module(f"shared_kernels.{folder}.cpu"), function)
 
 
 def to_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
     """A copy of a sample with its floating-point tensors in another dtype."""
-    return {name: t.to(dtype) if _is_float(t) else t for name, t in sample.items()}
+    return tree_map(lambda value: value.to(dtype) if _is_float(value) else value, sample)
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def leaves_of(spec: OpSpec, sample: Sample) -> dict[str, list[Tensor]]:
+    """The tensors that are differentiated, by argument."""
+    named = {name: [t for t in tree_leaves(sample.get(name)) if _is_float(t)] for name in spec.gradients}
+    return {name: tensors for name, tensors in named.items() if tensors}
 
 
 def outputs_and_gradients(function: Callable[..., Any], spec: OpSpec, sample: Sample) -> dict[str, Tensor]:
@@ -118,25 +139,34 @@ def outputs_and_gradients(function: Callable[..., Any], spec: OpSpec, sample: Sa
 
     Gradients are stacked over a few losses: of a single sum, an error says more about luck than about the code.
     """
-    wanted = [name for name in spec.gradients if isinstance(sample.get(name), Tensor)]
-    leaves = {name: sample[name].detach().requires_grad_() for name in wanted}
-    result = function(**{**sample, **leaves})
-    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    wanted = {name: tree_map(_leaf, sample[name]) for name in leaves_of(spec, sample)}
+    results = [t for t in tree_leaves(function(**{**sample, **wanted})) if isinstance(t, Tensor)]
     named = {f"output {i}": t.detach() for i, t in enumerate(results)}
     if wanted:
         differentiable = [t for t in results if t.requires_grad]
+        leaves = {
+            f"gradient of {name}" + (f"[{i}]" if len(tensors) > 1 else ""): t
+            for name, tensors in leaves_of(spec, wanted).items()
+            for i, t in enumerate(tensors)
+        }
         losses = [_gradients(differentiable, leaves, seed) for seed in range(NUM_LOSSES)]
-        named |= {f"gradient of {name}": torch.stack([loss[name] for loss in losses]) for name in wanted}
+        named |= {name: torch.stack([loss[name] for loss in losses]) for name in leaves}
     return named
+
+
+def _leaf(value: Any) -> Any:
+    return value.detach().requires_grad_() if _is_float(value) else value
 
 
 def _gradients(results: list[Tensor], leaves: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     make = Make(torch.float64, seed=seed)
     weights = [make.normal(*t.shape).to(t.device, t.dtype) for t in results]
-    gradients = torch.autograd.grad(results, list(leaves.values()), weights, retain_graph=True, allow_unused=True)
+    # -inf is the log-sum-exp of a row without keys, and no loss
+    finite = [w.masked_fill(~t.isfinite(), 0.0) for w, t in zip(weights, results, strict=True)]
+    gradients = torch.autograd.grad(results, list(leaves.values()), finite, retain_graph=True, allow_unused=True)
     named = dict(zip(leaves, gradients, strict=True))
     if unused := [name for name, gradient in named.items() if gradient is None]:
-        raise Wrong(f"{', '.join(unused)} gets no gradient")
+        raise Wrong(f"no {', no '.join(unused)}")
     return named
 
 
@@ -154,6 +184,10 @@ def compare(ours: Mapping[str, Tensor], in_dtype: Mapping[str, Tensor], truth: M
         expected, plain = truth[name], in_dtype[name]
         if mine.shape != expected.shape or mine.dtype != plain.dtype:
             raise Wrong(f"{name} is {mine.dtype} {tuple(mine.shape)}, not {plain.dtype} {tuple(expected.shape)}")
+        if not mine.is_floating_point():
+            if not torch.equal(mine, expected):
+                raise Wrong(f"{name}: {int((mine != expected).sum())} of {mine.numel()} are other than the reference's")
+            continue
         rounded = expected.to(mine.dtype)
         for what in (torch.isnan, torch.isposinf, torch.isneginf):
             if not torch.equal(what(mine), what(rounded)):
@@ -177,8 +211,16 @@ def check_laws(spec: OpSpec, *, op: Callable[..., Any] | None = None) -> None:
     """Every law of the spec in float64. Raises Wrong."""
     for law in spec.laws:
         for ours, expected in law(op or spec.op, Make(torch.float64)):
-            if ours.shape != expected.shape or not error(ours, expected) <= LAW_TOLERANCE:
+            if not _agree(ours, expected):
                 raise Wrong(f"{law.__name__} does not hold")
+
+
+def _agree(ours: Tensor, expected: Tensor) -> bool:
+    if ours.shape != expected.shape or not torch.equal(ours.isfinite(), expected.isfinite()):
+        return False
+    if not ours.is_floating_point():
+        return torch.equal(ours, expected)
+    return error(ours, expected) <= LAW_TOLERANCE
 
 
 class RecordCalls(TorchDispatchMode):
@@ -204,7 +246,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(result):
+        for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
         return result
