@@ -1,0 +1,102 @@
+"""Lists of key blocks per query block: what they may hold, and turned round for the backward pass.
+
+Everything here stays on the device and, but for `check_lists`, reads no value on the host.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+_INT32 = 2**31
+
+
+class TransposedLists(NamedTuple):
+    """For every key block, the entries that name it, in the order of the entries; made by `transpose_lists`.
+
+    An entry's position among those of its (batch, list head), counted row by row, is `query block * m + slot`: its
+    query block is `position // m`. Key block k is named by the entries `starts[..., k] : starts[..., k + 1]`. Behind
+    the last start stand the positions of what is padding.
+    """
+
+    entries: Int[Tensor, "B Hl nq*m"]
+    """Positions, int32, sorted by key block, and among equals by position."""
+    starts: Int[Tensor, "B Hl num_key_blocks+1"]
+    """Where each key block's entries begin, int32, and the end of the last."""
+
+
+def transpose_lists(
+    indices: Int[Tensor, "B Hl nq m"],
+    counts: Int[Tensor, "B Hl nq"] | None = None,
+    *,
+    num_key_blocks: int,
+) -> TransposedLists:
+    """Turn the lists of `sparse_attention` round, once for all its calls with the same lists.
+
+    The backward pass walks lists by key block; a list that serves several layers or steps is turned round here and
+    handed over as `transposed`. Not differentiable; no host synchronisation. Raises as `sparse_attention` does.
+    """
+    check_list_tensors(indices, counts)
+    if num_key_blocks < 0:
+        raise ValueError(f"num_key_blocks must be at least 0, got {num_key_blocks}")
+    B, Hl, nq, m = indices.shape
+    bins = num_key_blocks + 1  # the last one gathers padding
+    named = torch.where(listed(indices, counts), indices, num_key_blocks)
+    # one flat int32 key: torch sorts such by radix, several times faster than lists one by one
+    wide = torch.int32 if B * Hl * bins < _INT32 else torch.int64
+    offsets = torch.arange(B * Hl, dtype=wide, device=indices.device)[:, None]
+    ordered, order = torch.sort((named.reshape(B * Hl, nq * m) + offsets * bins).view(-1), stable=True)
+    blocks = offsets * bins + torch.arange(bins, dtype=wide, device=indices.device)
+    starts = torch.searchsorted(ordered, blocks, out_int32=True) - (offsets * (nq * m)).to(torch.int32)
+    entries = order.to(torch.int32).view(B * Hl, nq * m) - (offsets * (nq * m)).to(torch.int32)
+    return TransposedLists(entries.view(B, Hl, nq * m), starts.view(B, Hl, bins))
+
+
+def listed(indices: Int[Tensor, "B Hl nq m"], counts: Int[Tensor, "B Hl nq"] | None) -> Tensor:
+    """Which entries are no padding, as a mask of the shape of `indices`."""
+    if counts is None:
+        return indices >= 0
+    return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+
+
+def check_list_tensors(indices: Tensor, counts: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless shapes, dtypes and devices of both are right; reads no value."""
+    for name, tensor in (("indices", indices), ("counts", counts)):
+        if tensor is None and name == "counts":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be of dtype torch.int32, got {tensor.dtype}")
+        if tensor.device != indices.device:
+            raise ValueError(f"{name} must be on the device of indices, {indices.device}, got {tensor.device}")
+    if indices.ndim != 4:
+        raise ValueError(f"indices must be (B, list heads, query blocks, m), got {tuple(indices.shape)}")
+    if counts is not None and counts.shape != indices.shape[:-1]:
+        raise ValueError(
+            f"counts must be {tuple(indices.shape[:-1])}, the shape of indices without m, got {tuple(counts.shape)}"
+        )
+
+
+def check_lists(
+    indices: Int[Tensor, "B Hl nq m"], counts: Int[Tensor, "B Hl nq"] | None = None, *, num_key_blocks: int
+) -> None:
+    """Raise ValueError unless counts lie in [0, m], entries within them in [0, num_key_blocks) and none comes twice.
+
+    Reads values, so on a GPU it waits for them: for hunting a bug.
+    """
+    check_list_tensors(indices, counts)
+    m = indices.shape[-1]
+    if counts is None:
+        counts = (indices >= 0).sum(-1, dtype=torch.int32)
+    if counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= m:
+        raise ValueError(f"counts must lie in [0, {m}], got {int(counts.min())} to {int(counts.max())}")
+    inside = indices[listed(indices, counts)]
+    if inside.numel() and not 0 <= int(inside.min()) <= int(inside.max()) < num_key_blocks:
+        raise ValueError(
+            f"indices must lie in [0, {num_key_blocks}) within counts, got {int(inside.min())} to {int(inside.max())}"
+        )
+    ordered = torch.where(listed(indices, counts), indices, -1).sort(dim=-1).values
+    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+        raise ValueError("indices must name a key block at most once for each query block, got one twice")
