@@ -1,6 +1,7 @@
 """Attention and token operations; see README.md."""
 
 from shared_kernels._backend import backend
+from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.gates import channel_gate
 from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
@@ -15,7 +16,9 @@ from shared_kernels.tokens import (
 from shared_kernels.zones import zonal_histogram
 
 __all__ = [
+    "BlockStats",
     "backend",
+    "block_stats",
     "channel_gate",
     "choose_tokens",
     "merge_states",
