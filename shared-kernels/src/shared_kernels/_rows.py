@@ -6,6 +6,7 @@ vectorised and run on all threads. Lists of all batches and heads become one spa
 Shapes: Z batches times heads, R query rows, n listed keys per row, N keys, D key width, E value width.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,15 @@ def scores_at(
 ) -> Float[Tensor, "Z R n"]:
     """query . key at the listed keys (`flat_columns`), in float32 or float64, whichever both tensors have."""
     Z, R, D = query.shape
-    rows, n = Z * R, flat.numel() // (Z * R)
+    rows, n = Z * R, flat.numel() // max(1, Z * R)
+    if flat.numel() == 0:
+        return query.new_zeros((Z, R, n))
     starts = torch.arange(0, rows * n + 1, n, dtype=flat.dtype, device=flat.device)
-    pattern = torch.sparse_csr_tensor(
-        starts, flat, query.new_zeros(rows * n), (rows, key.shape[0] * key.shape[1]), check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            starts, flat, query.new_zeros(rows * n), (rows, key.shape[0] * key.shape[1]), check_invariants=False
+        )
     product = torch.sparse.sampled_addmm(pattern, query.reshape(rows, D), key.reshape(-1, D).T, beta=0.0)
     return product.values().view(Z, R, n)
 
@@ -39,6 +44,8 @@ def weighted_rows(
 ) -> Float[Tensor, "Z R E"]:
     """Sum over the listed keys of weight * value."""
     Z, R, n = weight.shape
+    if weight.numel() == 0:
+        return value.new_zeros((Z, R, value.shape[-1]))
     bags = F.embedding_bag(
         flat.view(Z * R, n), value.reshape(-1, value.shape[-1]), mode="sum", per_sample_weights=weight.reshape(Z * R, n)
     )
@@ -65,6 +72,8 @@ def summed_by_key(
     lists: Transposed, rows: Float[Tensor, "L/n E"], weight: Float[Tensor, "L"], n: int
 ) -> Float[Tensor, "keys E"]:
     """For every key the sum over the entries that name it of weight * the entry's query row: dK and dV."""
+    if weight.numel() == 0:
+        return rows.new_zeros((len(lists.starts) - 1, rows.shape[-1]))
     return F.embedding_bag(
         lists.entries // n, rows, lists.starts[:-1], mode="sum", per_sample_weights=weight[lists.entries]
     )
