@@ -2,6 +2,7 @@
 
 from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
+from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import channel_gate
 from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
@@ -21,6 +22,7 @@ __all__ = [
     "block_stats",
     "channel_gate",
     "choose_tokens",
+    "diverse_subset",
     "merge_states",
     "merge_tokens",
     "pack_tokens",
