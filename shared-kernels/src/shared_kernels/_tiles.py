@@ -25,6 +25,27 @@ def load_tile(base, rows, columns, stride_row, num_rows, num_columns):
 
 
 @triton.jit
+def load_rows(base, offsets, inside, columns, NUM_COLUMNS: tl.constexpr):
+    """A tile whose rows lie anywhere: 64-bit offsets (M,) of their beginnings, zeros where not `inside` (M,).
+
+    A number of columns known to the compiler spares the mask, and registers, where it fills the tile.
+    """
+    mask = inside[:, None]
+    if columns.shape[0] != NUM_COLUMNS:
+        mask &= (columns < NUM_COLUMNS)[None, :]
+    return tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, values, offsets, inside, columns, NUM_COLUMNS: tl.constexpr):
+    """The tile of `load_rows` written back, in the dtype of the target."""
+    mask = inside[:, None]
+    if columns.shape[0] != NUM_COLUMNS:
+        mask &= (columns < NUM_COLUMNS)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_tile(base, values, rows, columns, stride_row, num_rows, num_columns):
     """The tile of `load_tile` written back, in the dtype of the target."""
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]

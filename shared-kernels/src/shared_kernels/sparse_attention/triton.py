@@ -1,17 +1,17 @@
-"""sparse_attention on GPUs: one program per tile of query rows walks its list of key blocks, or the other way round.
+"""sparse_attention on GPUs: a program takes a tile of query rows and walks the list of their block, or the other way.
 
-Query heads that share key, value and list are rows of the same tile (the form of Yuan et al., "Native Sparse
-Attention", arXiv:2502.11089), so a list per token still fills a tile where heads are grouped. Keys are gathered slot by
-slot, whatever block_k is; where a tile of keys lies in one block they are addressed as a range.
+Query heads that share key, value and list are rows of one tile (Yuan et al., "Native Sparse Attention",
+arXiv:2502.11089), so that a list per token fills tiles too where heads are grouped. Listed keys are addressed slot by
+slot, whatever block_k is, or as a range where every tile lies within one block.
 
-The backward pass has no atomics, so nothing depends on the order of programs. dQ walks the lists. dK and dV walk the
-transposed lists, all query rows that name a key block. Blocks of fewer than 16 keys would leave most of that tile
-empty: from a size on, each query block writes what it adds to its listed keys in a workspace, and every key sums its
-own rows in the order of the lists.
+The backward pass has no atomics, so nothing depends on the order of programs: dQ walks the lists, dK and dV walk the
+transposed lists, that is all query rows that name their key block. Blocks of fewer than 16 keys leave most of such a
+tile empty. Where that costs more than it saves, each query block writes what it adds to its listed keys to a workspace,
+and every key sums what is its own in the order of the lists.
 """
 
 # mypy: disable-error-code=no-untyped-def
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,68 +32,91 @@ from shared_kernels._tiles import (
 
 
 @triton.jit
-def _listed(entries, start, total, size, WIDTH: tl.constexpr, GATHER: tl.constexpr):
-    """Slots start .. start + WIDTH of a list of blocks of `size`: the block of each slot, or of all, and where in it."""
-    if GATHER:
-        slots = start + tl.arange(0, WIDTH)
-        return tl.load(entries + slots // size, mask=slots < total, other=-1), slots % size
-    return tl.load(entries + start // size), start % size + tl.arange(0, WIDTH)
-
-
-@triton.jit
-def _place(block, inner, first_head, block_q, Nq):
-    """Head and position of a query block's rows, which run through its positions head by head."""
-    position = block * block_q + inner % block_q
-    return first_head + inner // block_q, position, (block >= 0) & (position < Nq)
-
-
-@triton.jit
 def _program(tiles, units, BACKWARDS: tl.constexpr):
-    """Which tile of which batch and head; lists of causal attention grow, and the longest should not come last."""
+    """Tile, batch and head of this program; lists of causal attention grow, and the longest should not start last."""
     program = tl.program_id(0)
     tile = program % tiles
     if BACKWARDS:
         tile = tiles - 1 - tile
     unit = program // tiles
-    return tile, (unit // units).to(tl.int64), unit % units
+    return tile, (unit // units).to(tl.int64), (unit % units).to(tl.int64)
+
+
+@triton.jit
+def _plane(base, strides, batch, head):
+    return base + batch * strides[0] + head * strides[1]
+
+
+@triton.jit
+def _query_rows(block, inner, first_head, block_q, Nq):
+    """Head, position and existence of rows of a query block, which run through its positions head by head."""
+    position = (block * block_q + inner % block_q).to(tl.int64)
+    return (first_head + inner // block_q).to(tl.int64), position, (position >= 0) & (position < Nq)
+
+
+@triton.jit
+def _listed(entries, start, end, size, absent, WIDTH: tl.constexpr, GATHER: tl.constexpr):
+    """Slots start .. start + WIDTH of listed blocks of `size`: the entry of each, or of all; and the place inside."""
+    if GATHER:
+        slots = start + tl.arange(0, WIDTH)
+        entry, place = tl.load(entries + slots // size, mask=slots < end, other=absent), slots % size
+    else:
+        entry, place = tl.load(entries + start // size), start % size + tl.arange(0, WIDTH)
+    return entry, place
+
+
+@triton.jit
+def _list_of(block, indices, counts, index_strides, count_strides, batch, list_head, block_k):
+    """Where the list of a query block begins, and how many slots it has."""
+    count = tl.load(_plane(counts, count_strides, batch, list_head) + block * count_strides[2])
+    return _plane(indices, index_strides, batch, list_head) + block.to(tl.int64) * index_strides[2], count * block_k
+
+
+@triton.jit
+def _statistics(lse, delta, rows, inside):
+    """LSE to base 2, and delta; rows without keys, and those outside, get inf, with which every weight becomes 0."""
+    natural = tl.load(lse + rows, mask=inside, other=float("-inf"))
+    base_2 = tl.where(natural == float("-inf"), float("inf"), natural * 1.4426950408889634)
+    return base_2, tl.load(delta + rows, mask=inside, other=0.0)
 
 
 @triton.jit
 def sparse_attention_fwd_kernel(
-    query, key, value, indices, counts, out, lse, query_strides, key_strides, value_strides, list_strides,
-    count_strides, H, Nq, Nk, D, E, block_q, block_k, fold, group, heads_per_list, query_blocks, scale,
+    query, key, value, indices, counts, out, lse,
+    query_strides, key_strides, value_strides, index_strides, count_strides,
+    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, log2_scale,
     CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(fold * block_q, BLOCK_M)
     tile, batch, unit = _program(query_blocks * tiles, H // fold, CAUSAL)
     block, inner = tile // tiles, tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, position, inside = _place(block, inner, unit * fold, block_q, Nq)
+    first_head = unit * fold
+    head, position, inside = _query_rows(block, inner, first_head, block_q, Nq)
     inside &= inner < fold * block_q
-    rows = head.to(tl.int64) * query_strides[1] + position.to(tl.int64) * query_strides[2]
     columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    rows = head * query_strides[1] + position * query_strides[2]
     q = load_rows(query + batch * query_strides[0], rows, inside, columns, D)
-    list_head = (unit * fold // heads_per_list).to(tl.int64)
-    entries = indices + batch * list_strides[0] + list_head * list_strides[1] + block.to(tl.int64) * list_strides[2]
-    count = tl.load(counts + batch * count_strides[0] + list_head * count_strides[1] + block * count_strides[2])
-    kv_head = (unit * fold // group).to(tl.int64)
-    key += batch * key_strides[0] + kv_head * key_strides[1]
-    value += batch * value_strides[0] + kv_head * value_strides[1]
-    limit = position + (Nk - Nq)
+    entries, slots = _list_of(
+        block, indices, counts, index_strides, count_strides, batch, first_head // heads_per_list, block_k
+    )
+    key = _plane(key, key_strides, batch, first_head // group)
+    value = _plane(value, value_strides, batch, first_head // group)
     end = tl.minimum((block + 1) * block_q, Nq) + (Nk - Nq) if CAUSAL else Nk
+    limit = (position + (Nk - Nq)).to(tl.int32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for start in range(0, count * block_k, BLOCK_N):
-        key_block, slot = _listed(entries, start, count * block_k, block_k, BLOCK_N, GATHER)
-        keys = key_block * block_k + slot
-        listed = (key_block >= 0) & (keys < end)
+    for start in range(0, slots, BLOCK_N):
+        key_block, place = _listed(entries, start, slots, block_k, -1, BLOCK_N, GATHER)
+        keys = key_block * block_k + place
+        listed = (keys >= 0) & (keys < end)
         k = load_rows(key, keys.to(tl.int64) * key_strides[2], listed, columns, D)
         v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         visible = listed[None, :]
         if CAUSAL:
             visible &= keys[None, :] <= limit[:, None]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
         scores = tl.where(visible, scores, float("-inf"))
         top, total, weights, shrink = softmax_step(scores, top, total)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -105,38 +128,37 @@ def sparse_attention_fwd_kernel(
 
 @triton.jit
 def sparse_attention_bwd_kernel_dq(
-    d_out, delta, query, key, value, lse, indices, counts, d_query, d_out_strides, query_strides, key_strides,
-    value_strides, list_strides, count_strides, H, Nq, Nk, D, E, block_q, block_k, fold, group, heads_per_list,
-    query_blocks, scale, log2_scale,
+    d_out, delta, query, key, value, lse, indices, counts, d_query,
+    d_out_strides, query_strides, key_strides, value_strides, index_strides, count_strides,
+    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, scale, log2_scale,
     CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(fold * block_q, BLOCK_M)
     tile, batch, unit = _program(query_blocks * tiles, H // fold, CAUSAL)
     block, inner = tile // tiles, tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, position, inside = _place(block, inner, unit * fold, block_q, Nq)
+    first_head = unit * fold
+    head, position, inside = _query_rows(block, inner, first_head, block_q, Nq)
     inside &= inner < fold * block_q
-    head, position = head.to(tl.int64), position.to(tl.int64)
     columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     rows = head * query_strides[1] + position * query_strides[2]
     q = load_rows(query + batch * query_strides[0], rows, inside, columns, D)
     rows = head * d_out_strides[1] + position * d_out_strides[2]
     d = load_rows(d_out + batch * d_out_strides[0], rows, inside, columns_e, E)
     results = (batch * H + head) * Nq + position
-    row_lse, row_delta = _row_statistics(lse, delta, results, inside)
-    list_head = (unit * fold // heads_per_list).to(tl.int64)
-    entries = indices + batch * list_strides[0] + list_head * list_strides[1] + block.to(tl.int64) * list_strides[2]
-    count = tl.load(counts + batch * count_strides[0] + list_head * count_strides[1] + block * count_strides[2])
-    kv_head = (unit * fold // group).to(tl.int64)
-    key += batch * key_strides[0] + kv_head * key_strides[1]
-    value += batch * value_strides[0] + kv_head * value_strides[1]
-    limit = position + (Nk - Nq)
+    row_lse, row_delta = _statistics(lse, delta, results, inside)
+    entries, slots = _list_of(
+        block, indices, counts, index_strides, count_strides, batch, first_head // heads_per_list, block_k
+    )
+    key = _plane(key, key_strides, batch, first_head // group)
+    value = _plane(value, value_strides, batch, first_head // group)
     end = tl.minimum((block + 1) * block_q, Nq) + (Nk - Nq) if CAUSAL else Nk
+    limit = (position + (Nk - Nq)).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, count * block_k, BLOCK_N):
-        key_block, slot = _listed(entries, start, count * block_k, block_k, BLOCK_N, GATHER)
-        keys = key_block * block_k + slot
-        listed = (key_block >= 0) & (keys < end)
+    for start in range(0, slots, BLOCK_N):
+        key_block, place = _listed(entries, start, slots, block_k, -1, BLOCK_N, GATHER)
+        keys = key_block * block_k + place
+        listed = (keys >= 0) & (keys < end)
         k = load_rows(key, keys.to(tl.int64) * key_strides[2], listed, columns, D)
         v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
         visible = listed[None, :]
@@ -151,32 +173,30 @@ def sparse_attention_bwd_kernel_dq(
 
 
 @triton.jit
-def _row_statistics(lse, delta, rows, inside):
-    """LSE to base 2, 0 for rows without keys, whose every score is -inf; and delta."""
-    natural = tl.load(lse + rows, mask=inside, other=0.0)
-    return tl.where(natural == float("-inf"), 0.0, natural * 1.4426950408889634), tl.load(
-        delta + rows, mask=inside, other=0.0
-    )
-
-
-@triton.jit
 def _add_rows(
-    d_key, d_value, k, v, q, d, row_lse, row_delta, visible, log2_scale, PRECISION: tl.constexpr
+    acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head, position, exists,
+    columns, columns_e, H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, log2_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of query rows (M) adds to the gradients of a tile of keys (N); visible is (N, M)."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale
-    weights = tl.exp2(tl.where(visible, scores, float("-inf")) - row_lse[None, :])
-    d_value = tl.dot(weights.to(d.dtype), d, d_value, input_precision=PRECISION)
-    d_weights = tl.dot(v, tl.trans(d), input_precision=PRECISION)
-    d_scores = tl.where(visible, weights * (d_weights - row_delta[None, :]), 0.0)
-    return tl.dot(d_scores.to(q.dtype), q, d_key, input_precision=PRECISION), d_value
+    """Add what a tile of query rows (M) gives to the gradients of a tile of keys (N); dK lacks the scale."""
+    q = load_rows(query, head * query_strides[1] + position * query_strides[2], exists, columns, D)
+    d = load_rows(d_out, head * d_out_strides[1] + position * d_out_strides[2], exists, columns_e, E)
+    row_lse, row_delta = _statistics(lse, delta, (batch * H + head) * Nq + position, exists)
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale - row_lse[None, :])
+    if CAUSAL:
+        visible = keys[:, None] <= (position + (Nk - Nq)).to(tl.int32)[None, :]
+        weights = tl.where(visible, weights, 0.0)
+    acc_v = tl.dot(weights.to(d.dtype), d, acc_v, input_precision=PRECISION)
+    d_scores = weights * (tl.dot(v, tl.trans(d), input_precision=PRECISION) - row_delta[None, :])
+    if CAUSAL:
+        d_scores = tl.where(visible, d_scores, 0.0)
+    return tl.dot(d_scores.to(q.dtype), q, acc_k, input_precision=PRECISION), acc_v
 
 
 @triton.jit
 def sparse_attention_bwd_kernel_dkv(
-    d_out, delta, query, key, value, lse, entries, starts, d_key, d_value, d_out_strides, query_strides, key_strides,
-    value_strides, entry_strides, start_strides, H, Nq, Nk, D, E, block_q, block_k, fold, group, heads_per_list,
-    key_blocks, scale, log2_scale,
+    d_out, delta, query, key, value, lse, entries, starts, d_key, d_value,
+    d_out_strides, query_strides, key_strides, value_strides, entry_strides, start_strides,
+    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, entries_per_block, key_blocks, scale, log2_scale,
     CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -185,32 +205,265 @@ def sparse_attention_bwd_kernel_dkv(
     block, inner = tile // tiles, tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     keys = block * block_k + inner
     inside = (inner < block_k) & (keys < Nk)
-    kv_row = (batch * (H // group) + kv_head) * Nk + keys
     columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    key += batch * key_strides[0] + kv_head.to(tl.int64) * key_strides[1]
-    value += batch * value_strides[0] + kv_head.to(tl.int64) * value_strides[1]
-    k = load_rows(key, keys.to(tl.int64) * key_strides[2], inside, columns, D)
-    v = load_rows(value, keys.to(tl.int64) * value_strides[2], inside, columns_e, E)
+    places = keys.to(tl.int64)
+    k = load_rows(_plane(key, key_strides, batch, kv_head), places * key_strides[2], inside, columns, D)
+    v = load_rows(_plane(value, value_strides, batch, kv_head), places * value_strides[2], inside, columns_e, E)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     query += batch * query_strides[0]
     d_out += batch * d_out_strides[0]
-    for first_head in range(kv_head * group, (kv_head + 1) * group, fold):
-        list_head = (first_head // heads_per_list).to(tl.int64)
-        own = starts + batch * start_strides[0] + list_head * start_strides[1] + block
-        first, last = tl.load(own), tl.load(own + 1)
-        own = entries + batch * entry_strides[0] + list_head * entry_strides[1] + first
-        size = fold * block_q
-        for start in range(0, (last - first) * size, BLOCK_M):
-            query_block, slot = _listed(own, start, (last - first) * size, size, BLOCK_M, GATHER)
-            head, position, exists = _place(query_block, slot, first_head, block_q, Nq)
-            visible = exists[None, :]
-            if CAUSAL:
-                visible &= keys[:, None] <= position[None, :] + (Nk - Nq)
-            head, position = head.to(tl.int64), position.to(tl.int64)
-            q = load_rows(query, head * query_strides[1] + position * query_strides[2], exists, columns, D)
-            d = load_rows(d_out, head * d_out_strides[1] + position * d_out_strides[2], exists, columns_e, E)
-            row_lse, row_delta = _row_statistics(lse, delta, (batch * H + head) * Nq + position, exists)
-            acc_k, acc_v = _add_rows(acc_k, acc_v, k, v, q, d, row_lse, row_delta, visible, log2_scale, PRECISION)
-    store_rows(d_key, acc_k * scale, kv_row * D, inside, columns, D)
-    store_rows(d_value, acc_v, kv_row * E, inside, columns_e, E)
+    size = fold * block_q
+    for part in range(0, group // fold):
+        first_head = kv_head * group + part * fold
+        limits = _plane(starts, start_strides, batch, first_head // heads_per_list) + block
+        first = tl.load(limits)
+        slots = (tl.load(limits + 1) - first) * size
+        own = _plane(entries, entry_strides, batch, first_head // heads_per_list) + first
+        for start in range(0, slots, BLOCK_M):
+            entry, place = _listed(own, start, slots, size, -entries_per_block, BLOCK_M, GATHER)
+            query_block = entry // entries_per_block
+            if GATHER:
+                head, position, exists = _query_rows(query_block, place, first_head, block_q, Nq)
+            else:
+                head = first_head + start % size // block_q
+                position = query_block.to(tl.int64) * block_q + start % size % block_q + tl.arange(0, BLOCK_M)
+                exists = position < Nq
+            acc_k, acc_v = _add_rows(
+                acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head,
+                position, exists, columns, columns_e, H, Nq, Nk, D, E, log2_scale, CAUSAL, PRECISION,
+            )  # fmt: skip
+    results = (batch * (H // group) + kv_head) * Nk + places
+    store_rows(d_key, acc_k * scale, results * D, inside, columns, D)
+    store_rows(d_value, acc_v, results * E, inside, columns_e, E)
+
+
+@triton.jit
+def sparse_attention_bwd_kernel_slots(
+    d_out, delta, query, key, value, lse, indices, counts, slots_k, slots_v,
+    d_out_strides, query_strides, key_strides, value_strides, index_strides, count_strides, first_unit,
+    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, most_slots, log2_scale,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """What one query block adds to the gradients of its listed keys; row (unit, query block, slot) of the workspace."""
+    tiles = tl.cdiv(most_slots, BLOCK_N)
+    tile, own, _ = _program(query_blocks * tiles, 1, False)
+    block, start = tile // tiles, tile % tiles * BLOCK_N
+    batch, first_head = (first_unit + own) // (H // fold), (first_unit + own) % (H // fold) * fold
+    entries, slots = _list_of(
+        block, indices, counts, index_strides, count_strides, batch, first_head // heads_per_list, block_k
+    )
+    key_block, place = _listed(entries, start, slots, block_k, -1, BLOCK_N, True)
+    keys = key_block * block_k + place
+    listed = (keys >= 0) & (keys < Nk)
+    columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    key = _plane(key, key_strides, batch, first_head // group)
+    value = _plane(value, value_strides, batch, first_head // group)
+    k = load_rows(key, keys.to(tl.int64) * key_strides[2], listed, columns, D)
+    v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    query += batch * query_strides[0]
+    d_out += batch * d_out_strides[0]
+    rows = tl.where(start < slots, fold * block_q, 0)
+    for row in range(0, rows, BLOCK_M):
+        inner = row + tl.arange(0, BLOCK_M)
+        head, position, exists = _query_rows(block, inner, first_head, block_q, Nq)
+        exists &= inner < rows
+        acc_k, acc_v = _add_rows(
+            acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head,
+            position, exists, columns, columns_e, H, Nq, Nk, D, E, log2_scale, CAUSAL, PRECISION,
+        )  # fmt: skip
+    numbers = start + tl.arange(0, BLOCK_N)
+    results = (own * query_blocks + block) * most_slots + numbers
+    store_rows(slots_k, acc_k, results * D, numbers < slots, columns, D)
+    store_rows(slots_v, acc_v, results * E, numbers < slots, columns_e, E)
+
+
+@triton.jit
+def sparse_attention_bwd_kernel_sum(
+    slots, entries, starts, gradient, entry_strides, start_strides, first_unit, kv_heads, Nk, D: tl.constexpr, block_k,
+    fold, group, heads_per_list, slots_per_unit, scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one key: scale times the sum of its rows of the workspace."""
+    token, own, _ = _program(Nk, 1, False)
+    batch, kv_head = (first_unit + own) // kv_heads, (first_unit + own) % kv_heads
+    columns = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for part in range(0, group // fold):
+        list_head = (kv_head * group + part * fold) // heads_per_list
+        limits = _plane(starts, start_strides, batch, list_head) + token // block_k
+        first, last = tl.load(limits), tl.load(limits + 1)
+        positions = _plane(entries, entry_strides, batch, list_head)
+        unit = own * (group // fold) + part
+        for start in range(first, last, BLOCK_N):
+            numbers = start + tl.arange(0, BLOCK_N)
+            inside = numbers < last
+            position = tl.load(positions + numbers, mask=inside, other=0).to(tl.int64)
+            rows = unit * slots_per_unit + position * block_k + token % block_k
+            acc += tl.sum(load_rows(slots, rows * D, inside, columns, D), 0)
+    results = gradient + ((first_unit + own) * Nk + token) * D + columns
+    tl.store(results, (acc * scale).to(gradient.dtype.element_ty), mask=columns < D)
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps that share its work, stages of the loop's pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_TILES = {
+    "interpreter": {
+        "forward": {256: (Tile(32, 16, 4, 1),)},
+        "dq": {256: (Tile(32, 16, 4, 1),)},
+        "dkv": {256: (Tile(16, 32, 4, 1),)},
+    },
+    "sm_90": {
+        "forward": {64: (Tile(128, 64, 8, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 64, 8, 1),)},
+        "dq": {64: (Tile(64, 32, 4, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(32, 64, 8, 1),)},
+        "dkv": {64: (Tile(64, 64, 4, 2),), 128: (Tile(64, 64, 8, 2),), 256: (Tile(32, 64, 8, 1),)},
+    },
+    "gfx942": {
+        "forward": {64: (Tile(128, 64, 8, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 4, 1),)},
+        "dq": {64: (Tile(64, 32, 4, 2),), 128: (Tile(64, 32, 4, 1),), 256: (Tile(32, 32, 4, 1),)},
+        "dkv": {64: (Tile(64, 32, 4, 2),), 128: (Tile(64, 32, 4, 1),), 256: (Tile(32, 32, 4, 1),)},
+    },
+}
+
+_EMPTY_ROWS = 200
+"""Query rows per block, times how many empty keys of a tile come on each one that is not, from which on a workspace is
+cheaper; estimated from the FLOPs and the bandwidth of an H100."""
+
+_WORKSPACE = 2**28
+"""Numbers that a workspace has at most, if one batch and head does not need more; the others take turns."""
+
+
+class _Call:
+    """The sizes of a call and what follows from them for all of its kernels."""
+
+    def __init__(
+        self, query: Tensor, value: Tensor, indices: Tensor, causal: bool, scale: float, block_q: int, block_k: int
+    ) -> None:
+        B, H, Nq, D = query.shape
+        _, kv_heads, Nk, E = value.shape
+        group, heads_per_list = H // kv_heads, H // indices.shape[1]
+        fold = group if heads_per_list >= group else 1
+        self.sizes = (H, Nq, Nk, D, E, block_q, block_k, fold, group, heads_per_list)
+        self.units, self.kv_units, self.parts = B * H // fold, B * kv_heads, group // fold
+        self.query_blocks, self.entries_per_block = indices.shape[2:]
+        self.rows, self.slots = fold * block_q, indices.shape[3] * block_k
+        self.block_k, self.key_blocks = block_k, triton.cdiv(Nk, block_k)
+        self.scale, self.log2_scale = scale, scale * LOG2E
+        self.constants: dict[str, Any] = {
+            "CAUSAL": causal,
+            "PRECISION": dot_precision(query),
+            "BLOCK_D": width(D),
+            "BLOCK_E": width(E),
+            "enable_fp_fusion": True,
+        }
+        self._tiles = _TILES[target(query)]
+        self._width = min(256, width(max(D, E)))
+
+    def tile(self, kernel: str, *, rows: int, keys: int) -> dict[str, Any]:
+        """The row of the tile table, cut down to so many rows and keys, as constants of a launch."""
+        by_width = self._tiles[kernel]
+        choices = by_width[min(limit for limit in by_width if limit >= self._width)]
+        tile = next((choice for choice in choices if choice.rows <= width(rows)), choices[-1])
+        block_m, block_n = min(tile.rows, width(rows)), min(tile.keys, width(keys))
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [t.stride()[:3] for t in tensors]
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
+    causal: bool, scale: float, block_q: int, block_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    query, key, value, indices = map(strided_rows, (query, key, value, indices))
+    call = _Call(query, value, indices, causal, scale, block_q, block_k)
+    tile = call.tile("forward", rows=call.rows, keys=call.slots)
+    programs = call.units * call.query_blocks * triton.cdiv(call.rows, tile["BLOCK_M"])
+    sparse_attention_fwd_kernel[(programs,)](
+        query, key, value, indices, counts, out, lse, *_strides(query, key, value, indices, counts),
+        *call.sizes, call.query_blocks, call.log2_scale,
+        **call.constants, **tile, GATHER=block_k % tile["BLOCK_N"] != 0,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, delta: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, indices: Tensor,
+    counts: Tensor, entries: Tensor, starts: Tensor, causal: bool, scale: float, block_q: int, block_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_query, d_key, d_value = (t.new_empty(t.shape) for t in (query, key, value))
+    if lse.numel() == 0:
+        return d_query, d_key.zero_(), d_value.zero_()
+    d_out, query, key, value, indices, entries, starts = map(
+        strided_rows, (d_out, query, key, value, indices, entries, starts)
+    )
+    call = _Call(query, value, indices, causal, scale, block_q, block_k)
+    inputs = (d_out, delta.contiguous(), query, key, value, lse.contiguous())
+    strides = _strides(d_out, query, key, value, indices, counts)
+    tile = call.tile("dq", rows=call.rows, keys=call.slots)
+    programs = call.units * call.query_blocks * triton.cdiv(call.rows, tile["BLOCK_M"])
+    sparse_attention_bwd_kernel_dq[(programs,)](
+        *inputs, indices, counts, d_query, *strides, *call.sizes, call.query_blocks, scale, call.log2_scale,
+        **call.constants, **tile, GATHER=block_k % tile["BLOCK_N"] != 0,
+    )  # fmt: skip
+    if d_key.numel() + d_value.numel() > 0:
+        if call.rows * (16 - block_k) < _EMPTY_ROWS * block_k:
+            _walk_transposed_lists(call, inputs, entries, starts, d_key, d_value)
+        else:
+            _sum_slots(call, inputs, indices, counts, entries, starts, d_key, d_value)
+    return d_query, d_key, d_value
+
+
+def _walk_transposed_lists(
+    call: _Call, inputs: tuple[Tensor, ...], entries: Tensor, starts: Tensor, d_key: Tensor, d_value: Tensor
+) -> None:
+    d_out, _, query, key, value, _ = inputs
+    tile = call.tile("dkv", rows=call.query_blocks * call.rows, keys=call.block_k)
+    programs = call.kv_units * call.key_blocks * triton.cdiv(call.block_k, tile["BLOCK_N"])
+    sparse_attention_bwd_kernel_dkv[(programs,)](
+        *inputs, entries, starts, d_key, d_value, *_strides(d_out, query, key, value, entries, starts),
+        *call.sizes, call.entries_per_block, call.key_blocks, call.scale, call.log2_scale,
+        **call.constants, **tile, GATHER=call.sizes[5] % tile["BLOCK_M"] != 0,
+    )  # fmt: skip
+
+
+def _sum_slots(
+    call: _Call, inputs: tuple[Tensor, ...], indices: Tensor, counts: Tensor, entries: Tensor, starts: Tensor,
+    d_key: Tensor, d_value: Tensor,
+) -> None:  # fmt: skip
+    """Via a workspace with a row for every slot of every query block, some heads at a time."""
+    d_out, _, query, key, value, lse = inputs
+    per_list = call.query_blocks * call.slots
+    numbers = call.parts * per_list * (key.shape[3] + value.shape[3])
+    at_once = max(1, min(call.kv_units, _WORKSPACE // numbers if numbers else call.kv_units))
+    slots_k, slots_v = (lse.new_empty((at_once * call.parts * per_list, t.shape[3])) for t in (key, value))
+    tile = call.tile("dkv", rows=call.rows, keys=call.slots)
+    tiles = call.query_blocks * triton.cdiv(call.slots, tile["BLOCK_N"])
+    for first in range(0, call.kv_units, at_once):
+        now = min(at_once, call.kv_units - first)
+        sparse_attention_bwd_kernel_slots[(now * call.parts * tiles,)](
+            *inputs, indices, counts, slots_k, slots_v, *_strides(d_out, query, key, value, indices, counts),
+            first * call.parts, *call.sizes, call.query_blocks, call.slots, call.log2_scale,
+            **call.constants, **tile,
+        )  # fmt: skip
+        for slots, gradient, factor in ((slots_k, d_key, call.scale), (slots_v, d_value, 1.0)):
+            Nk, D = gradient.shape[2:]
+            sparse_attention_bwd_kernel_sum[(now * Nk,)](
+                slots, entries, starts, gradient, *_strides(entries, starts), first, key.shape[1], Nk, D,
+                *call.sizes[6:], per_list, factor,
+                BLOCK_N=32, BLOCK_D=width(D), num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
