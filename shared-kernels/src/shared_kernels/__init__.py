@@ -4,6 +4,7 @@ from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import channel_gate
+from shared_kernels.select_blocks import BlockLists, choose_blocks, select_blocks
 from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
 from shared_kernels.tokens import (
@@ -17,16 +18,19 @@ from shared_kernels.tokens import (
 from shared_kernels.zones import zonal_histogram
 
 __all__ = [
+    "BlockLists",
     "BlockStats",
     "backend",
     "block_stats",
     "channel_gate",
+    "choose_blocks",
     "choose_tokens",
     "diverse_subset",
     "merge_states",
     "merge_tokens",
     "pack_tokens",
     "put_tokens",
+    "select_blocks",
     "select_tokens",
     "stencil_blend",
     "unpack_tokens",
