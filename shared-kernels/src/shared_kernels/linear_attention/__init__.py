@@ -89,10 +89,10 @@ def _save_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noq
 
 
 def _differentiate_causal(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, _, initial_state, _ = ctx.saved_tensors
+    began = ctx.saved_tensors[4] is not None
     flows = d_state if ctx.state_wanted else None
     *d_inputs, d_initial = _causal_backward(d_out, flows, *ctx.saved_tensors, ctx.scale)
-    return *d_inputs, None, None if initial_state is None else d_initial, None, None, None
+    return *d_inputs, None, d_initial if began else None, None, None, None
 
 
 _causal.register_autograd(_differentiate_causal, setup_context=_save_causal)
@@ -298,15 +298,16 @@ def linear_attention(
     log_decay, initial_state = (t if t is None else t.to(acc) for t in (log_decay, initial_state))
     if log_decay is not None:
         log_decay = log_decay.detach().clamp(min=-1e4)  # forgets all in any dtype; 0 * -inf would be NaN
-    inputs = (query, key, value)
+    states = (initial_state, cu_seqlens)
     if _backend.forced == "reference":
-        masks = (cu_seqlens, block_mask, *block_size)
-        out, state = reference.attend(*inputs, causal, log_decay, scale, normalizer, eps, initial_state, *masks)
+        out, state = reference.attend(
+            query, key, value, *states, causal, log_decay, scale, normalizer, eps, block_mask, block_size
+        )
     elif causal:
-        out, state = _causal(*inputs, log_decay, initial_state, cu_seqlens, scale, return_state)
+        out, state = _causal(query, key, value, log_decay, *states, scale, return_state)
     else:
         options = (*block_size, scale, normalizer or "none", eps, return_state)
-        out, state, _ = _full(*inputs, initial_state, cu_seqlens, block_mask, *options)
+        out, state, _ = _full(query, key, value, *states, block_mask, *options)
     return (out, state) if return_state else out
 
 
@@ -332,11 +333,11 @@ def linear_attention_step(
     _check_step(query, key, value, state, log_decay)
     query, key, value = _backend.autocast(query, key, value)
     given = query.shape
-    tokens = [t.flatten(1, 2) if t.ndim == 4 else t for t in (query, key, value)]
+    query, key, value = (t.flatten(1, 2) if t.ndim == 4 else t for t in (query, key, value))
     if log_decay is not None:
         log_decay = log_decay.detach().to(state.dtype).clamp(min=-1e4)
     run = reference.step if _backend.forced == "reference" else _step
-    return run(*tokens, state, log_decay, scale).view(*given[:-1], value.shape[-1])
+    return run(query, key, value, state, log_decay, scale).view(*given[:-1], value.shape[-1])
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ Shapes: Z heads in a tile, R chunks in a run, C tokens in a chunk, D key width, 
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def _tiles(tensor: Tensor, cu_seqlens: Tensor | None, each: Callable[[int], int]
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends != sorted(ends) or ends[-1] > N:
             raise ValueError(f"cu_seqlens must rise from 0 to at most the {N} tokens, got {ends}")
-        spans = [(0, slice(*pair)) for pair in zip(ends, ends[1:], strict=False)]
+        spans = [(0, slice(*pair)) for pair in pairwise(ends)]
     for i, (b, tokens) in enumerate(spans):
         step = max(1, each(tokens.stop - tokens.start))
         for h in range(0, H, step):

@@ -1,5 +1,7 @@
 """The definition of linear_attention in plain torch: the quadratic form, every weight written out."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `shared_kernels.linear_attention`."""
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    masks = (cu_seqlens, block_mask, *block_size)
-    out, state = attend(query, key, value, causal, log_decay, scale, normalizer, eps, initial_state, *masks)
+    weights = (causal, log_decay, scale, normalizer, eps, block_mask, block_size)
+    out, state = attend(query, key, value, initial_state, cu_seqlens, *weights)
     return (out, state) if return_state else out
 
 
@@ -31,16 +33,15 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     causal: bool,
     log_decay: Tensor | None,
     scale: float,
     normalizer: str | None,
     eps: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
     block_mask: Tensor | None,
-    block_q: int,
-    block_k: int,
+    block_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Output and final state; keys and values have as many heads as queries."""
     acc = torch.promote_types(query.dtype, torch.float32)  # float64 stays float64, or gradcheck would mean nothing
@@ -51,20 +52,23 @@ def attend(
     state = q.new_zeros(shape) if initial_state is None else initial_state.to(acc)
     with torch.autocast(query.device.type, enabled=False):
         if causal:
-            parts = [_causal(*part, log_decay) for part in _sequences(q, k, v, state, cu_seqlens)]
+            parts = [_causal(q, k, v, s, log_decay) for q, k, v, s in _sequences(q, k, v, state, cu_seqlens)]
         else:
-            seen = None if block_mask is None else _tokens(block_mask, block_q, block_k, q.shape[2], k.shape[2])
-            parts = [_full(*part, normalizer, eps, seen) for part in _sequences(q, k, v, state, cu_seqlens)]
+            seen = None if block_mask is None else _tokens(block_mask, block_size, q.shape[2], k.shape[2])
+            rest = (normalizer, eps, seen)
+            parts = [_full(q, k, v, s, *rest) for q, k, v, s in _sequences(q, k, v, state, cu_seqlens)]
     out, state = torch.cat([out for out, _ in parts], 2), torch.cat([state for _, state in parts])
     past = q.new_zeros(q.shape[0], q.shape[1], q.shape[2] - out.shape[2], v.shape[3])
     return (scale * torch.cat([out, past], 2)).to(query.dtype), state
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> list[tuple[Tensor, ...]]:
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     if cu_seqlens is None:
         return [(q, k, v, state)]
     ends = cu_seqlens.tolist()
-    spans = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    spans = [slice(*pair) for pair in pairwise(ends)]
     return [(q[:, :, s], k[:, :, s], v[:, :, s], state[i : i + 1]) for i, s in enumerate(spans)]
 
 
@@ -88,9 +92,9 @@ def _full(
     return out, k.mT @ v + state
 
 
-def _tokens(mask: Tensor, block_q: int, block_k: int, queries: int, keys: int) -> Tensor:
+def _tokens(mask: Tensor, block_size: tuple[int, int], queries: int, keys: int) -> Tensor:
     """The mask of blocks as one of tokens."""
-    return mask.repeat_interleave(block_q, 2)[:, :, :queries].repeat_interleave(block_k, 3)[..., :keys]
+    return mask.repeat_interleave(block_size[0], 2)[:, :, :queries].repeat_interleave(block_size[1], 3)[..., :keys]
 
 
 def linear_attention_step(
@@ -103,8 +107,9 @@ def linear_attention_step(
     scale: float = 1.0,
 ) -> Tensor:
     """See `shared_kernels.linear_attention_step`."""
-    tokens = [t.flatten(1, 2) if t.ndim == 4 else t for t in (query, key, value)]
-    return step(*tokens, state, log_decay, scale).view(*query.shape[:-1], value.shape[-1])
+    given = query.shape
+    query, key, value = (t.flatten(1, 2) if t.ndim == 4 else t for t in (query, key, value))
+    return step(query, key, value, state, log_decay, scale).view(*given[:-1], value.shape[-1])
 
 
 def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:

@@ -1,0 +1,546 @@
+"""linear_attention on GPUs: one kernel for every causal pass, one for sums already made, one for their scan.
+
+`sweep`: one program per head and tile of E, one chunk of tokens after another, the state in registers. All gradients
+are causal linear attention of other tensors in other order, so the same kernel gives them:
+
+    d_query = sweep(d_out, value, key)          from the initial state, transposed
+    d_key   = sweep back(value, d_out, query)   from the gradient of the final state, transposed
+    d_value = sweep back(key, query, d_out)     from the gradient of the final state; ends in that of the initial one
+
+Where heads are few, sequences are cut into segments, for three phases: the sums of every segment, their scan, and all
+segments at once from the states that enter them. Without order the sweep only sums, and `apply` multiplies rows by the
+sums of their sequence or block. Packed sequences and blocks of a mask are segments too.
+
+Products are of the inputs' dtype, sums float32. A state that is handed out is float32 to the last bits; the one that
+stays inside is multiplied as the inputs are. No atomics: results do not depend on the order of programs.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shared_kernels._tiles import dot_precision, load_tile, store_tile, strided_rows, target, width
+
+_ENOUGH = 264  # programs that keep a GPU busy: two for each multiprocessor of the largest
+_WIDEST = 512
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _segment(bounds, segment, per_batch, length, N, PACKED: tl.constexpr):
+    """Batch, number of the state, first token, and token past the last of a segment."""
+    if PACKED:
+        at = bounds + segment.to(tl.int64) * 3
+        return segment * 0, tl.load(at + 2), tl.load(at), tl.load(at + 1)
+    index = segment % per_batch
+    start = index * length
+    return segment // per_batch, index, start, tl.minimum(start + length, N)
+
+
+@triton.jit
+def linear_attention_kernel_sweep(
+    query, key, value, log_decay, initial, bounds, out, final,
+    H, N, D, E, per_batch, length, scale,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_is, stride_ih, stride_id, stride_ie, stride_ob, stride_oh, stride_on,
+    DECAY: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr, REVERSE: tl.constexpr,
+    WEIGHTED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(E, BLOCK_E)
+    program = tl.program_id(0)
+    head, segment = program // tiles % H, program // tiles // H
+    batch, _, start, stop = _segment(bounds, segment, per_batch, length, N, PACKED)
+    b, h, s = batch.to(tl.int64), head.to(tl.int64), segment.to(tl.int64)
+    i, d, e = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D), program % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    state = tl.zeros((BLOCK_D, BLOCK_E), tl.float32)
+    if INITIAL:
+        at = initial + s * stride_is + h * stride_ih
+        state = tl.load(at + d[:, None] * stride_id + e[None, :] * stride_ie, mask=inside, other=0.0).to(tl.float32)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(log_decay + head) * _LOG2E
+    age = i[None, :] - i[:, None] if REVERSE else i[:, None] - i[None, :]
+    within = tl.where(age >= 0, tl.exp2(rate * tl.maximum(age, 0).to(tl.float32)), 0.0) * scale
+    chunks = tl.cdiv(stop - start, CHUNK)
+    for c in range(chunks):
+        first = start + (chunks - 1 - c if REVERSE else c) * CHUNK
+        rows, size = first + i, tl.minimum(CHUNK, stop - first)
+        K = load_tile(key + b * stride_kb + h * stride_kh, rows, d, stride_kn, stop, D).to(tl.float32)
+        V = load_tile(value + b * stride_vb + h * stride_vh, rows, e, stride_vn, stop, E).to(tl.float32)
+        since, until = i + 1, tl.maximum(size - 1 - i, 0)  # rows past the end count nothing, and must not overflow
+        if OUTPUT:
+            Q = load_tile(query + b * stride_qb + h * stride_qh, rows, d, stride_qn, stop, D).to(DOT)
+            scores = tl.dot(Q, tl.trans(K.to(DOT)), input_precision=PRECISION) * within
+            read = tl.exp2(rate * (until if REVERSE else since).to(tl.float32)) * (1.0 if REVERSE else scale)
+            part = tl.dot(Q, state.to(DOT), input_precision=PRECISION) * read[:, None]
+            part += tl.dot(scores.to(DOT), V.to(DOT), input_precision=PRECISION)
+            store_tile(out + b * stride_ob + h * stride_oh, part, rows, e, stride_on, stop, E)
+        if WEIGHTED:
+            write = tl.exp2(rate * (since if REVERSE else until).to(tl.float32)) * (scale if REVERSE else 1.0)
+            K = K * write[:, None]
+        state = state * tl.exp2(rate * size.to(tl.float32))
+        if WEIGHTED and FINAL:
+            state += tl.dot(tl.trans(K), V, input_precision=WIDE)
+        else:
+            state += tl.dot(tl.trans(K.to(DOT)), V.to(DOT), input_precision=PRECISION)
+    if FINAL:
+        at = final + (s * H + h) * D * E
+        tl.store(at + d[:, None] * E + e[None, :], state, mask=inside)
+
+
+@triton.jit
+def linear_attention_kernel_scan(
+    sums, initial, log_decay, bounds, firsts, entering, final, H, N, size, per_batch, length, stride_is, stride_ih,
+    DECAY: tl.constexpr, INITIAL: tl.constexpr, ENTERING: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, head and part of the state, which is `size` numbers in a row."""
+    parts = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0)
+    head, sequence = program // parts % H, program // parts // H
+    h, numbers = head.to(tl.int64), program % parts * BLOCK + tl.arange(0, BLOCK)
+    inside = numbers < size
+    first, last = sequence * per_batch, (sequence + 1) * per_batch
+    if PACKED:
+        first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    state = tl.zeros((BLOCK,), tl.float32)
+    if INITIAL:
+        at = initial + sequence.to(tl.int64) * stride_is + h * stride_ih
+        state = tl.load(at + numbers, mask=inside, other=0.0).to(tl.float32)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(log_decay + head) * _LOG2E
+    for n in range(last - first):
+        segment = last - 1 - n if REVERSE else first + n
+        _, _, start, stop = _segment(bounds, segment, per_batch, length, N, PACKED)
+        at = (segment.to(tl.int64) * H + h) * size + numbers
+        if ENTERING:
+            tl.store(entering + at, state, mask=inside)
+        state = state * tl.exp2(rate * (stop - start).to(tl.float32)) + tl.load(sums + at, mask=inside, other=0.0)
+    tl.store(final + (sequence.to(tl.int64) * H + h) * size + numbers, state, mask=inside)
+
+
+@triton.jit
+def linear_attention_kernel_apply(
+    rows_of, states, times, left, right, bounds, out,
+    H, N, D, E, per_batch, length, scale,
+    stride_rb, stride_rh, stride_rn, stride_sb, stride_si, stride_sh, stride_sd, stride_se,
+    stride_tb, stride_th, stride_lb, stride_lh, stride_pb, stride_pi, stride_ph, stride_ob, stride_oh, stride_on,
+    TIMES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """scale * times * rows . state + left * right for the rows of one segment and a tile of E."""
+    tiles = tl.cdiv(E, BLOCK_E)
+    program = tl.program_id(0)
+    head, segment = program // tiles % H, program // tiles // H
+    batch, index, start, stop = _segment(bounds, segment, per_batch, length, N, PACKED)
+    b, h, s = batch.to(tl.int64), head.to(tl.int64), index.to(tl.int64)
+    i, d, e = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D), program % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    at = states + b * stride_sb + s * stride_si + h * stride_sh
+    state = tl.load(at + d[:, None] * stride_sd + e[None, :] * stride_se, mask=inside, other=0.0).to(DOT)
+    if RIGHT:
+        plus = tl.load(right + b * stride_pb + s * stride_pi + h * stride_ph + e, mask=e < E, other=0.0)
+    for first in range(start, stop, CHUNK):
+        rows = first + i
+        R = load_tile(rows_of + b * stride_rb + h * stride_rh, rows, d, stride_rn, stop, D).to(tl.float32)
+        part = tl.dot(R.to(DOT), state, input_precision=PRECISION) * scale
+        if TIMES:
+            part *= tl.load(times + b * stride_tb + h * stride_th + rows, mask=rows < stop, other=0.0)[:, None]
+        if RIGHT:
+            if LEFT:
+                by = tl.load(left + b * stride_lb + h * stride_lh + rows, mask=rows < stop, other=0.0)
+                part += by[:, None] * plus[None, :]
+            else:
+                part += plus[None, :]
+        store_tile(out + b * stride_ob + h * stride_oh, part, rows, e, stride_on, stop, E)
+
+
+@triton.jit
+def linear_attention_kernel_step(
+    query, key, value, state, log_decay, out, H, GROUP, D, E, scale,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_ve,
+    stride_sb, stride_sh, stride_sd,
+    DECAY: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One token of one head and a tile of E, the state read and written once."""
+    tiles = tl.cdiv(E, BLOCK_E)
+    program = tl.program_id(0)
+    head, b = program // tiles % H, (program // tiles // H).to(tl.int64)
+    h, kv_head = head.to(tl.int64), (head // GROUP).to(tl.int64)
+    d, e = tl.arange(0, BLOCK_D), program % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = (d < D)[:, None] & (e < E)[None, :]
+    at = state + b * stride_sb + h * stride_sh + d[:, None] * stride_sd + e[None, :]
+    q = tl.load(query + b * stride_qb + h * stride_qh + d * stride_qd, mask=d < D, other=0.0).to(tl.float32)
+    k = tl.load(key + b * stride_kb + kv_head * stride_kh + d * stride_kd, mask=d < D, other=0.0).to(tl.float32)
+    v = tl.load(value + b * stride_vb + kv_head * stride_vh + e * stride_ve, mask=e < E, other=0.0).to(tl.float32)
+    S = tl.load(at, mask=inside, other=0.0)
+    if DECAY:
+        S *= tl.exp2(tl.load(log_decay + head) * _LOG2E)
+    S += k[:, None] * v[None, :]
+    tl.store(at, S, mask=inside)
+    result = tl.sum(q[:, None] * S, 0) * scale
+    tl.store(out + (b * H + h) * E + e, result.to(out.dtype.element_ty), mask=e < E)
+
+
+class _Layout(NamedTuple):
+    """How tokens are cut into segments."""
+
+    segments: int
+    """Of all sequences, empty ones included."""
+    per_batch: int
+    """Of one batch entry; 1 if sequences are packed."""
+    length: int
+    """Tokens of each segment but the last of a sequence; a bound if sequences are packed."""
+    bounds: Tensor | None = None
+    """(segments, 3) int32: first token, end, sequence. Of packed sequences only."""
+    firsts: Tensor | None = None
+    """(sequences + 1,) int32: where each sequence's segments begin. Of packed sequences only."""
+
+
+def _layout(tensor: Tensor, cu_seqlens: Tensor | None, length: int) -> _Layout:
+    """Segments of so many tokens. Nothing waits for the values of cu_seqlens: what is unused stays empty."""
+    B, _, N = tensor.shape[:3]
+    if cu_seqlens is None:
+        per_batch = max(1, triton.cdiv(N, length))
+        return _Layout(B * per_batch, per_batch, length)
+    sequences = cu_seqlens.shape[0] - 1
+    segments = sequences if length >= N else sequences + triton.cdiv(N, length)
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    firsts = torch.nn.functional.pad(((ends - starts + length - 1) // length).clamp(min=1).cumsum(0), (1, 0)).int()
+    number = torch.arange(segments, device=tensor.device, dtype=torch.int32)
+    own = torch.searchsorted(firsts[1:], number, right=True).clamp(max=sequences - 1)
+    start = torch.minimum(starts[own] + (number - firsts[own]) * length, ends[own])
+    stop = torch.minimum(start + length, ends[own])
+    return _Layout(segments, 1, length, torch.stack([start, stop, own.int()], 1).contiguous(), firsts)
+
+
+def tiles(columns: int, where: str, *, wide: bool) -> dict[str, int]:
+    """CHUNK, BLOCK_E, warps and stages for so many columns of D, wide if products are float32."""
+    if where == "interpreter":
+        return {"CHUNK": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 1}
+    D = width(columns)
+    chunk = 32 if wide or D > 128 else 64
+    block = 16 if D > 256 or (wide and D > 128) else 32
+    return {"CHUNK": chunk, "BLOCK_E": block, "num_warps": 8 if D > 256 else 4, "num_stages": 2 if D <= 128 else 1}
+
+
+def _constants(*tensors: Tensor, columns: int) -> dict[str, object]:
+    """Tile sizes, and the dtype and precision of products; tensors of mixed dtypes are multiplied in float32."""
+    dtype = torch.float32
+    if tensors[0].device.type != "cpu" and all(t.dtype == tensors[0].dtype for t in tensors):
+        dtype = tensors[0].dtype  # the interpreter would truncate where a GPU rounds
+    dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    sizes = tiles(columns, target(tensors[0]), wide=dtype == torch.float32)
+    precision = dot_precision(torch.empty(0, dtype=dtype, device=tensors[0].device))
+    return {"DOT": dot, "PRECISION": precision, "BLOCK_D": width(columns), "enable_fp_fusion": True, **sizes}
+
+
+def _check(query: Tensor, value: Tensor) -> None:
+    if query.dtype == torch.float64:
+        raise TypeError("linear_attention on a GPU takes float16, bfloat16 and float32, got float64")
+    if max(query.shape[-1], value.shape[-1]) > _WIDEST:
+        raise ValueError(
+            f"linear_attention on a GPU takes heads of at most {_WIDEST} columns, "
+            f"got {query.shape[-1]} of query and {value.shape[-1]} of value"
+        )
+
+
+class _Sweep:
+    """One causal pass over tensors of one shape; `scale` multiplies the output, or going back what the state gains."""
+
+    def __init__(
+        self,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        log_decay: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        *,
+        reverse: bool,
+    ) -> None:
+        self.query, self.key, self.value = (strided_rows(t) for t in tokens)
+        self.log_decay, self.cu_seqlens, self.scale, self.reverse = log_decay, cu_seqlens, scale, reverse
+        self.H, self.N, self.D, self.E = *self.key.shape[1:], self.value.shape[3]
+        self.sequences = self.key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.constants = _constants(*tokens, columns=self.D)
+        wide = torch.empty(0, device=self.key.device)
+        self.constants |= {"DECAY": log_decay is not None, "REVERSE": reverse, "WIDE": dot_precision(wide)}
+        self.constants["WEIGHTED"] = log_decay is not None or (reverse and scale != 1)
+
+    def state(self, segments: int) -> Tensor:
+        return self.key.new_empty((segments, self.H, self.D, self.E), dtype=torch.float32)
+
+    def _tiles(self) -> int:
+        return triton.cdiv(self.E, self.constants["BLOCK_E"])
+
+    def length(self) -> int:
+        """Tokens of a segment: all, or fewer if sequences and heads make too few programs."""
+        programs = max(1, self.sequences * self.H * self._tiles())
+        enough = 3 if target(self.key) == "interpreter" else _ENOUGH
+        chunk = int(self.constants["CHUNK"])  # type: ignore[call-overload]
+        pieces = min(triton.cdiv(enough, programs), triton.cdiv(self.N, 4 * chunk if enough == _ENOUGH else chunk))
+        return max(1, triton.cdiv(triton.cdiv(self.N, chunk), max(1, pieces))) * chunk if pieces > 1 else max(1, self.N)
+
+    def over(self, layout: _Layout, initial: Tensor | None, out: Tensor | None, final: Tensor | None) -> None:
+        """Launch over all segments; `final` (segments, H, D, E) contiguous, initial of the same shape."""
+        none = self.key
+        state, result = (none if t is None else t for t in (initial, out))
+        linear_attention_kernel_sweep[(layout.segments * self.H * self._tiles(),)](
+            self.query, self.key, self.value, self.log_decay, state, layout.bounds, result, final,
+            self.H, self.N, self.D, self.E, layout.per_batch, layout.length, self.scale,
+            *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3],
+            *state.stride(), *result.stride()[:3],
+            INITIAL=initial is not None, OUTPUT=out is not None, FINAL=final is not None,
+            PACKED=layout.bounds is not None, **self.constants,
+        )  # fmt: skip
+
+    def scan(self, layout: _Layout, sums: Tensor, initial: Tensor | None, entering: Tensor | None) -> Tensor:
+        """The state after every sequence; `entering` gets those before every segment."""
+        final, size, block = self.state(self.sequences), self.D * self.E, 1024
+        initial = None if initial is None else initial.contiguous()
+        linear_attention_kernel_scan[(self.sequences * self.H * triton.cdiv(size, block),)](
+            sums, initial, self.log_decay, layout.bounds, layout.firsts, entering, final,
+            self.H, self.N, size, layout.per_batch, layout.length, *(sums if initial is None else initial).stride()[:2],
+            DECAY=self.log_decay is not None, INITIAL=initial is not None, ENTERING=entering is not None,
+            REVERSE=self.reverse, PACKED=layout.bounds is not None, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return final
+
+    def run(self, initial: Tensor | None, out: Tensor | None, *, final_wanted: bool) -> Tensor:
+        """Fill `out`; returns the state after every sequence, which holds nothing unless it is wanted."""
+        layout = _layout(self.key, self.cu_seqlens, self.length())
+        if layout.segments == self.sequences:
+            final = self.state(self.sequences)
+            self.over(layout, initial, out, final if final_wanted else None)
+            return final
+        sums = self.state(layout.segments)
+        self.over(layout, None, None, sums)
+        entering = None if out is None else torch.empty_like(sums)
+        final = self.scan(layout, sums, initial, entering)
+        if out is not None:
+            self.over(layout, entering, out, None)
+        return final
+
+
+def _outputs(cu_seqlens: Tensor | None, *like: Tensor) -> list[Tensor]:
+    """Contiguous; zeros where some rows may belong to no sequence."""
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    return [make(t.shape, dtype=t.dtype, device=t.device) for t in like]
+
+
+def _start(initial: Tensor | None, query: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The state where there is nothing to add."""
+    if initial is not None:
+        return initial.clone(memory_format=torch.contiguous_format)
+    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return query.new_zeros((sequences, query.shape[1], query.shape[3], value.shape[3]), dtype=torch.float32)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(query, value)
+    (out,) = _outputs(cu_seqlens, value)
+    if query.numel() == 0 or value.numel() == 0:
+        return out.zero_(), _start(initial_state, query, value, cu_seqlens)
+    sweep = _Sweep((query, key, value), log_decay, cu_seqlens, scale, reverse=False)
+    return out, sweep.run(initial_state, out, final_wanted=state_wanted)
+
+
+def backward(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = _outputs(cu_seqlens, query, key, value)
+    if query.numel() == 0 or value.numel() == 0:
+        d_initial = _start(d_state, query, value, cu_seqlens)
+        return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_initial
+    rest = (log_decay, cu_seqlens, scale)
+    turned, d_turned = (None if t is None else t.mT for t in (initial_state, d_state))
+    _Sweep((d_out, value, key), *rest, reverse=False).run(turned, d_query, final_wanted=False)
+    _Sweep((value, d_out, query), *rest, reverse=True).run(d_turned, d_key, final_wanted=False)
+    last = _Sweep((key, query, d_out), *rest, reverse=True)
+    return d_query, d_key, d_value, last.run(d_state, d_value, final_wanted=initial_state is not None)
+
+
+def _block_sums(key: Tensor, value: Tensor, block: int) -> Tensor:
+    """key^T value of every block of tokens: (B, H, blocks, D, E), float32."""
+    sweep, layout = _Sweep((key, key, value), None, None, 1.0, reverse=False), _layout(key, None, block)
+    sums = sweep.state(layout.segments)
+    sweep.over(layout, None, None, sums)
+    return sums.unflatten(0, (key.shape[0], layout.per_batch)).transpose(1, 2)
+
+
+class _Sets:
+    """Which queries share which sums: those of a sequence all keys', or those of a block the mask's."""
+
+    def __init__(self, mask: Tensor | None, block_q: int, block_k: int, cu_seqlens: Tensor | None) -> None:
+        self.mask = None if mask is None else mask.to(torch.float32)
+        self.block_q, self.block_k, self.cu_seqlens = block_q, block_k, cu_seqlens
+
+    def seen(self, key: Tensor, value: Tensor, initial: Tensor | None = None) -> Tensor:
+        """Sums of key^T value: (B, H, blocks of queries or 1, D, E), or (sequences, H, D, E) without a mask."""
+        if self.mask is None:
+            return self._total(key, value, initial)
+        return self._summed(self.mask, _block_sums(key, value, self.block_k))
+
+    def seeing(self, query: Tensor, value: Tensor, initial: Tensor | None = None) -> Tensor:
+        """The transpose: sums over the queries that see a key of query^T value."""
+        if self.mask is None:
+            return self._total(query, value, initial)
+        return self._summed(self.mask.mT, _block_sums(query, value, self.block_q))
+
+    def _total(self, key: Tensor, value: Tensor, initial: Tensor | None) -> Tensor:
+        if key.numel() == 0:
+            return _start(initial, key, value, self.cu_seqlens)
+        return _Sweep((key, key, value), None, self.cu_seqlens, 1.0, reverse=False).run(
+            initial, None, final_wanted=True
+        )
+
+    def _summed(self, mask: Tensor, sums: Tensor) -> Tensor:
+        return torch.matmul(mask, sums.flatten(3)).unflatten(3, sums.shape[3:])
+
+    def apply(
+        self,
+        rows: Tensor,
+        states: Tensor,
+        out: Tensor,
+        times: Tensor | None = None,
+        plus: tuple[Tensor | None, Tensor] | None = None,
+        *,
+        scale: float = 1.0,
+        of_keys: bool = False,
+    ) -> None:
+        """out = scale * times * rows . states + plus, a column (or ones) times a row for each state."""
+        if out.numel() == 0:
+            return
+        rows, (D, E) = strided_rows(rows), states.shape[-2:]
+        constants = _constants(rows, columns=D)
+        block = (self.block_k if of_keys else self.block_q) if self.mask is not None else 8 * int(constants["CHUNK"])  # type: ignore[call-overload]
+        layout = _layout(rows, self.cu_seqlens, block)
+        left, right = plus or (None, None)
+        one = rows.new_empty((1, 1, 1))
+        columns = [one if t is None else t for t in (times, left)]
+        row = one if right is None else right
+        linear_attention_kernel_apply[(layout.segments * rows.shape[1] * triton.cdiv(E, int(constants["BLOCK_E"])),)](  # type: ignore[call-overload]
+            rows, states, columns[0], columns[1], row, layout.bounds, out,
+            rows.shape[1], rows.shape[2], D, E, layout.per_batch, layout.length, scale,
+            *rows.stride()[:3], *self._strides(states), *states.stride()[-2:],
+            *columns[0].stride()[:2], *columns[1].stride()[:2], *self._strides(row), *out.stride()[:3],
+            TIMES=times is not None, LEFT=left is not None, RIGHT=right is not None, PACKED=layout.bounds is not None,
+            **constants,
+        )  # fmt: skip
+
+    def _strides(self, states: Tensor) -> tuple[int, int, int]:
+        """Of batch, block or packed sequence, and head."""
+        if self.mask is not None:
+            return states.stride(0), states.stride(2), states.stride(1)
+        own = states.stride(0)
+        return (own, 0, states.stride(1)) if self.cu_seqlens is None else (0, own, states.stride(1))
+
+
+def full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    normalizer: str,
+    eps: float,
+    state_wanted: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(query, value)
+    (out,) = _outputs(cu_seqlens, query.new_empty(()).expand(*query.shape[:3], value.shape[3]))
+    sets = _Sets(block_mask, block_q, block_k, cu_seqlens)
+    states = sets.seen(key, value, initial_state)
+    if normalizer == "none":
+        sets.apply(query, states, out, scale=scale)
+        divisor = states.new_empty(0)
+    else:
+        (divisor,) = _outputs(cu_seqlens, states.new_empty(()).expand(query.shape[:3]))
+        sets.apply(query, sets.seen(key, _ones(key)), divisor[..., None])
+        divisor = divisor.add_(eps) if normalizer == "sum" else divisor.clamp_(min=eps)
+        sets.apply(query, states, out, 1 / divisor, scale=scale)
+    return out, states if block_mask is None else states.new_empty(0), divisor
+
+
+def _ones(rows: Tensor) -> Tensor:
+    return torch.ones_like(rows[..., :1])
+
+
+def full_backward(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    state: Tensor,
+    divisor: Tensor,
+    cu_seqlens: Tensor | None,
+    block_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    normalizer: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in `cpu.py`; the weighted d_out is float32 where float16 could not hold it."""
+    d_query, d_key, d_value = _outputs(cu_seqlens, query, key, value)
+    sets = _Sets(block_mask, block_q, block_k, cu_seqlens)
+    flow, of_queries, of_keys = d_out if scale == 1 else d_out * scale, None, None
+    if out is not None:
+        pull = -(d_out.float() * out).sum(-1) / divisor
+        if normalizer == "clamp":
+            pull = pull.masked_fill(divisor <= eps, 0.0)
+        flow = d_out.float() * (scale / divisor)[..., None]
+        flow = flow if query.dtype == torch.float16 else flow.to(query.dtype)
+        of_queries = (pull, sets.seen(key, _ones(key))[..., 0])
+        of_keys = (None, sets.seeing(query, pull[..., None])[..., 0])
+    states = state if block_mask is None else sets.seen(key, value)
+    d_states = sets.seeing(query, flow, d_state)
+    sets.apply(flow, states.mT, d_query, None, of_queries)
+    sets.apply(value, d_states.mT, d_key, None, of_keys, of_keys=True)
+    sets.apply(key, d_states, d_value, of_keys=True)
+    return d_query, d_key, d_value, d_states if block_mask is None else state.new_empty(0)
+
+
+def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
+    if query.dtype == torch.float64:
+        raise TypeError("linear_attention_step on a GPU takes float16, bfloat16 and float32, got float64")
+    (B, H, D), E = query.shape, value.shape[2]
+    out = torch.empty((B, H, E), dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    block_d = triton.next_power_of_2(D)
+    block_e = min(triton.next_power_of_2(E), max(1, 4096 // block_d))
+    linear_attention_kernel_step[(B * H * triton.cdiv(E, block_e),)](
+        query, key, value, state, log_decay, out, H, H // key.shape[1], D, E, scale,
+        *query.stride(), *key.stride(), *value.stride(), *state.stride()[:3],
+        DECAY=log_decay is not None, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
