@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 100_000  # numbers in one workspace vector, per thread
-_SUMMED = 32_000  # numbers that a gradient of a tap sums without float64: more of them are less exact
+_SUMMED = 32_000  # numbers summed without float64 on the way to a small gradient: more of them are less exact
 _ALIGNED = 16  # numbers; at least 64 bytes in the dtypes computed with
 
 Taps = list[tuple[int, float]]
@@ -188,7 +188,7 @@ class _Reverse(_Gradient):
         square, share = self.run(images, self.eps, self.square.vector), self.share.vector
         torch.rsqrt(square, out=self.between.vector)
         torch.mul(self.between.pixels, d, out=self.share.pixels)
-        sums = [torch.dot(share, square), torch.dot(*(t.to(square.dtype).reshape(-1) for t in (d, images)))]
+        sums = [_dot(share, square), _dot(*(t.to(square.dtype).reshape(-1) for t in (d, images)))]
         for g, scale in self.flows:
             torch.addcmul(self.zero, g, share, value=edge * scale**2, out=g)
         if self.pieces:
@@ -199,6 +199,11 @@ class _Reverse(_Gradient):
         self.spread_y.add()
         torch.add(self.d_image.pixels, d, alpha=keep, out=out)
         return sums
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    pieces = zip(a.split(_SUMMED), b.split(_SUMMED), strict=True)
+    return torch.stack([torch.dot(*piece) for piece in pieces]).sum(dtype=torch.float64)
 
 
 def backward(
