@@ -3,7 +3,7 @@
 from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.diverse_subset import diverse_subset
-from shared_kernels.gates import channel_gate
+from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
 from shared_kernels.select_blocks import BlockLists, choose_blocks, select_blocks
 from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
@@ -20,9 +20,11 @@ from shared_kernels.zones import zonal_histogram
 __all__ = [
     "BlockLists",
     "BlockStats",
+    "apply_channel_gate",
     "backend",
     "block_stats",
     "channel_gate",
+    "channel_logits",
     "choose_blocks",
     "choose_tokens",
     "diverse_subset",
