@@ -5,6 +5,8 @@ Softmax is to base 2: the scale is multiplied by log2(e) on the host, which spar
 """
 
 # mypy: disable-error-code=no-untyped-def
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,23 @@ from triton.runtime.driver import driver
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
-_NEAREST = {8: {0: "sm_80", 6: "sm_89", 7: "sm_80", 9: "sm_89"}, 9: {0: "sm_90"}, 10: {}, 12: {}}
+_NEAREST = {80: "sm_80", 86: "sm_89", 87: "sm_80", 89: "sm_89", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
+_NEWER = "sm_120"  # has the least shared memory of those that share their instructions
+
+
+class Tile(NamedTuple):
+    """How a kernel of the attention kind cuts its work."""
+
+    rows: int
+    """Query rows of a tile."""
+    keys: int
+    warps: int
+    stages: int
+    """Depth of the pipeline of the loop over tiles."""
+
+
+TileTable = dict[str, dict[str, dict[int, Tile]]]
+"""Target -> kernel -> columns of 16-bit numbers that a row has at most (half as many of 32 bits) -> tile."""
 
 
 @triton.jit
@@ -81,14 +99,38 @@ def width(columns: int) -> int:
 
 
 def target(tensor: Tensor) -> str:
-    """The entry of a tile table that serves this tensor: a key of `triton_compiler.TARGETS`, or "interpreter"."""
+    """The entry of a tile table that serves this tensor: a key of `triton_compiler.TARGETS`, or "interpreter".
+
+    Raises RuntimeError on NVIDIA GPUs before compute capability 8.0.
+    """
     if tensor.device.type == "cpu":
         return "interpreter"
     gpu = driver.active.get_current_target()
     if gpu.backend == "hip":
         return "gfx942"
-    major, minor = divmod(int(gpu.arch), 10)
-    return _NEAREST.get(major, {}).get(minor, f"sm_{major}0")
+    capability = int(gpu.arch)
+    if capability < 80:
+        raise RuntimeError(
+            f"the kernels need a GPU of compute capability 8.0 or later, got {capability // 10}.{capability % 10}; "
+            'shared_kernels.backend("reference") runs anywhere'
+        )
+    return _NEAREST.get(capability, _NEWER)
+
+
+def table_tile(table: TileTable, kernel: str, tensor: Tensor, columns: int) -> Tile:
+    """The tile of a kernel for rows of so many columns in the tensor's dtype; beyond the table, its widest row."""
+    rows = table[target(tensor)][kernel]
+    wanted = columns * tensor.element_size() // 2
+    return rows[min((limit for limit in rows if limit >= wanted), default=max(rows))]
+
+
+def no_float64(*tensors: Tensor) -> None:
+    """Raise TypeError on float64: sums inside kernels are float32, which would be less than was asked for."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        raise TypeError(
+            "the Triton kernels take float16, bfloat16 and float32, got torch.float64; on a CPU, or under "
+            'shared_kernels.backend("reference"), float64 works'
+        )
 
 
 def dot_precision(tensor: Tensor) -> str:

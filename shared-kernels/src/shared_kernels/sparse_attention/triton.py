@@ -11,7 +11,7 @@ and every key sums what is its own in the order of the lists.
 """
 
 # mypy: disable-error-code=no-untyped-def
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,15 +20,21 @@ from torch import Tensor
 
 from shared_kernels._tiles import (
     LOG2E,
+    Tile,
+    TileTable,
     dot_precision,
     load_rows,
+    no_float64,
     softmax_end,
     softmax_step,
     store_rows,
     strided_rows,
-    target,
+    table_tile,
     width,
 )
+
+_FAR = tl.constexpr(2**31 - 1)
+"""The position of keys that are not there."""
 
 
 @triton.jit
@@ -84,8 +90,8 @@ def _statistics(lse, delta, rows, inside):
 def sparse_attention_fwd_kernel(
     query, key, value, indices, counts, out, lse,
     query_strides, key_strides, value_strides, index_strides, count_strides,
-    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, log2_scale,
-    CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    H, Nq, Nk, block_q, block_k, fold, group, heads_per_list, query_blocks, log2_scale,
+    D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(fold * block_q, BLOCK_M)
@@ -112,13 +118,11 @@ def sparse_attention_fwd_kernel(
         keys = key_block * block_k + place
         listed = (keys >= 0) & (keys < end)
         k = load_rows(key, keys.to(tl.int64) * key_strides[2], listed, columns, D)
-        v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
-        visible = listed[None, :]
-        if CAUSAL:
-            visible &= keys[None, :] <= limit[:, None]
+        visible = tl.where(listed, keys, _FAR)[None, :] <= limit[:, None] if CAUSAL else listed[None, :]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
         scores = tl.where(visible, scores, float("-inf"))
         top, total, weights, shrink = softmax_step(scores, top, total)
+        v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     inverse, natural = softmax_end(top, total)
     results = (batch * H + head) * Nq + position
@@ -130,8 +134,8 @@ def sparse_attention_fwd_kernel(
 def sparse_attention_bwd_kernel_dq(
     d_out, delta, query, key, value, lse, indices, counts, d_query,
     d_out_strides, query_strides, key_strides, value_strides, index_strides, count_strides,
-    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, scale, log2_scale,
-    CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    H, Nq, Nk, block_q, block_k, fold, group, heads_per_list, query_blocks, scale, log2_scale,
+    D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(fold * block_q, BLOCK_M)
@@ -160,12 +164,10 @@ def sparse_attention_bwd_kernel_dq(
         keys = key_block * block_k + place
         listed = (keys >= 0) & (keys < end)
         k = load_rows(key, keys.to(tl.int64) * key_strides[2], listed, columns, D)
-        v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
-        visible = listed[None, :]
-        if CAUSAL:
-            visible &= keys[None, :] <= limit[:, None]
+        visible = tl.where(listed, keys, _FAR)[None, :] <= limit[:, None] if CAUSAL else listed[None, :]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
         weights = tl.exp2(tl.where(visible, scores, float("-inf")) - row_lse[:, None])
+        v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
         d_weights = tl.dot(d, tl.trans(v), input_precision=PRECISION)
         d_scores = tl.where(visible, weights * (d_weights - row_delta[:, None]), 0.0)
         acc = tl.dot(d_scores.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -175,16 +177,17 @@ def sparse_attention_bwd_kernel_dq(
 @triton.jit
 def _add_rows(
     acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head, position, exists,
-    columns, columns_e, H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, log2_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    columns, columns_e, H, Nq, Nk, log2_scale,
+    D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of query rows (M) gives to the gradients of a tile of keys (N); dK lacks the scale."""
     q = load_rows(query, head * query_strides[1] + position * query_strides[2], exists, columns, D)
-    d = load_rows(d_out, head * d_out_strides[1] + position * d_out_strides[2], exists, columns_e, E)
     row_lse, row_delta = _statistics(lse, delta, (batch * H + head) * Nq + position, exists)
     weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale - row_lse[None, :])
     if CAUSAL:
         visible = keys[:, None] <= (position + (Nk - Nq)).to(tl.int32)[None, :]
         weights = tl.where(visible, weights, 0.0)
+    d = load_rows(d_out, head * d_out_strides[1] + position * d_out_strides[2], exists, columns_e, E)
     acc_v = tl.dot(weights.to(d.dtype), d, acc_v, input_precision=PRECISION)
     d_scores = weights * (tl.dot(v, tl.trans(d), input_precision=PRECISION) - row_delta[None, :])
     if CAUSAL:
@@ -196,8 +199,8 @@ def _add_rows(
 def sparse_attention_bwd_kernel_dkv(
     d_out, delta, query, key, value, lse, entries, starts, d_key, d_value,
     d_out_strides, query_strides, key_strides, value_strides, entry_strides, start_strides,
-    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, entries_per_block, key_blocks, scale, log2_scale,
-    CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    H, Nq, Nk, block_q, block_k, fold, group, heads_per_list, entries_per_block, key_blocks, scale, log2_scale,
+    D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(block_k, BLOCK_N)
@@ -214,7 +217,7 @@ def sparse_attention_bwd_kernel_dkv(
     query += batch * query_strides[0]
     d_out += batch * d_out_strides[0]
     size = fold * block_q
-    for part in range(0, group // fold):
+    for part in range(group // fold):
         first_head = kv_head * group + part * fold
         limits = _plane(starts, start_strides, batch, first_head // heads_per_list) + block
         first = tl.load(limits)
@@ -231,7 +234,7 @@ def sparse_attention_bwd_kernel_dkv(
                 exists = position < Nq
             acc_k, acc_v = _add_rows(
                 acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head,
-                position, exists, columns, columns_e, H, Nq, Nk, D, E, log2_scale, CAUSAL, PRECISION,
+                position, exists, columns, columns_e, H, Nq, Nk, log2_scale, D, E, CAUSAL, PRECISION,
             )  # fmt: skip
     results = (batch * (H // group) + kv_head) * Nk + places
     store_rows(d_key, acc_k * scale, results * D, inside, columns, D)
@@ -242,8 +245,8 @@ def sparse_attention_bwd_kernel_dkv(
 def sparse_attention_bwd_kernel_slots(
     d_out, delta, query, key, value, lse, indices, counts, slots_k, slots_v,
     d_out_strides, query_strides, key_strides, value_strides, index_strides, count_strides, first_unit,
-    H, Nq, Nk, D: tl.constexpr, E: tl.constexpr, block_q, block_k, fold, group, heads_per_list, query_blocks, most_slots, log2_scale,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    H, Nq, Nk, block_q, block_k, fold, group, heads_per_list, query_blocks, most_slots, log2_scale,
+    D: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """What one query block adds to the gradients of its listed keys; row (unit, query block, slot) of the workspace."""
@@ -273,7 +276,7 @@ def sparse_attention_bwd_kernel_slots(
         exists &= inner < rows
         acc_k, acc_v = _add_rows(
             acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head,
-            position, exists, columns, columns_e, H, Nq, Nk, D, E, log2_scale, CAUSAL, PRECISION,
+            position, exists, columns, columns_e, H, Nq, Nk, log2_scale, D, E, CAUSAL, PRECISION,
         )  # fmt: skip
     numbers = start + tl.arange(0, BLOCK_N)
     results = (own * query_blocks + block) * most_slots + numbers
@@ -283,15 +286,15 @@ def sparse_attention_bwd_kernel_slots(
 
 @triton.jit
 def sparse_attention_bwd_kernel_sum(
-    slots, entries, starts, gradient, entry_strides, start_strides, first_unit, kv_heads, Nk, D: tl.constexpr, block_k,
-    fold, group, heads_per_list, slots_per_unit, scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    slots, entries, starts, gradient, entry_strides, start_strides, first_unit, kv_heads, Nk, block_k, fold, group,
+    heads_per_list, slots_per_unit, scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one key: scale times the sum of its rows of the workspace."""
     token, own, _ = _program(Nk, 1, False)
     batch, kv_head = (first_unit + own) // kv_heads, (first_unit + own) % kv_heads
     columns = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for part in range(0, group // fold):
+    for part in range(group // fold):
         list_head = (kv_head * group + part * fold) // heads_per_list
         limits = _plane(starts, start_strides, batch, list_head) + token // block_k
         first, last = tl.load(limits), tl.load(limits + 1)
@@ -307,33 +310,33 @@ def sparse_attention_bwd_kernel_sum(
     tl.store(results, (acc * scale).to(gradient.dtype.element_ty), mask=columns < D)
 
 
-class Tile(NamedTuple):
-    """Query rows and keys of a tile, warps that share its work, stages of the loop's pipeline."""
+_FORWARD = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 64, 8, 1), 512: Tile(32, 32, 4, 1)}
+_DQ = {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(32, 32, 4, 1)}
+_DKV = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(16, 32, 4, 1)}
+_SMALL = {256: Tile(32, 32, 4, 1)}
+_ONE_TILE = {512: Tile(32, 16, 4, 1)}
 
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-_TILES = {
-    "interpreter": {
-        "forward": {256: (Tile(32, 16, 4, 1),)},
-        "dq": {256: (Tile(32, 16, 4, 1),)},
-        "dkv": {256: (Tile(16, 32, 4, 1),)},
-    },
+TILES: TileTable = {
+    "interpreter": {"forward": _ONE_TILE, "dq": _ONE_TILE, "dkv": {512: Tile(16, 32, 4, 1)}},
+    "sm_80": {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV},
+    "sm_89": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | _SMALL},
     "sm_90": {
-        "forward": {64: (Tile(128, 64, 8, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 64, 8, 1),)},
-        "dq": {64: (Tile(64, 32, 4, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(32, 64, 8, 1),)},
-        "dkv": {64: (Tile(64, 64, 4, 2),), 128: (Tile(64, 64, 8, 2),), 256: (Tile(32, 64, 8, 1),)},
+        "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
+        "dq": _DQ | {128: Tile(128, 64, 8, 2)},
+        "dkv": _DKV | {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
     },
+    "sm_100": {
+        "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
+        "dq": _DQ | {128: Tile(128, 64, 8, 2)},
+        "dkv": _DKV | {64: Tile(64, 64, 4, 2)},
+    },
+    "sm_120": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | _SMALL},
     "gfx942": {
-        "forward": {64: (Tile(128, 64, 8, 2),), 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 4, 1),)},
-        "dq": {64: (Tile(64, 32, 4, 2),), 128: (Tile(64, 32, 4, 1),), 256: (Tile(32, 32, 4, 1),)},
-        "dkv": {64: (Tile(64, 32, 4, 2),), 128: (Tile(64, 32, 4, 1),), 256: (Tile(32, 32, 4, 1),)},
+        "forward": _FORWARD | {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 1)},
+        "dq": _DQ | _SMALL | {128: Tile(64, 32, 4, 1)},
+        "dkv": _DKV | _SMALL | {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 1)},
     },
 }
-
 _EMPTY_ROWS = 200
 """Query rows per block, times how many empty keys of a tile come on each one that is not, from which on a workspace is
 cheaper; estimated from the FLOPs and the bandwidth of an H100."""
@@ -352,29 +355,29 @@ class _Call:
         _, kv_heads, Nk, E = value.shape
         group, heads_per_list = H // kv_heads, H // indices.shape[1]
         fold = group if heads_per_list >= group else 1
-        self.sizes = (H, Nq, Nk, D, E, block_q, block_k, fold, group, heads_per_list)
+        self.sizes = (H, Nq, Nk, block_q, block_k, fold, group, heads_per_list)
         self.units, self.kv_units, self.parts = B * H // fold, B * kv_heads, group // fold
         self.query_blocks, self.entries_per_block = indices.shape[2:]
         self.rows, self.slots = fold * block_q, indices.shape[3] * block_k
-        self.block_k, self.key_blocks = block_k, triton.cdiv(Nk, block_k)
+        self.block_q, self.block_k, self.key_blocks = block_q, block_k, triton.cdiv(Nk, block_k)
         self.scale, self.log2_scale = scale, scale * LOG2E
         self.constants: dict[str, Any] = {
             "CAUSAL": causal,
             "PRECISION": dot_precision(query),
+            "D": D,
+            "E": E,
             "BLOCK_D": width(D),
             "BLOCK_E": width(E),
             "enable_fp_fusion": True,
         }
-        self._tiles = _TILES[target(query)]
-        self._width = min(256, width(max(D, E)))
+        self._query, self._columns = query, max(D, E)
 
     def tile(self, kernel: str, *, rows: int, keys: int) -> dict[str, Any]:
         """The row of the tile table, cut down to so many rows and keys, as constants of a launch."""
-        by_width = self._tiles[kernel]
-        choices = by_width[min(limit for limit in by_width if limit >= self._width)]
-        tile = next((choice for choice in choices if choice.rows <= width(rows)), choices[-1])
+        tile = table_tile(TILES, kernel, self._query, self._columns)
         block_m, block_n = min(tile.rows, width(rows)), min(tile.keys, width(keys))
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": tile.warps, "num_stages": tile.stages}
+        warps = min(4, tile.warps) if block_m < min(tile.rows, 64) else tile.warps
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": tile.stages}
 
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
@@ -385,6 +388,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
     causal: bool, scale: float, block_q: int, block_k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    no_float64(query)
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
@@ -437,7 +441,7 @@ def _walk_transposed_lists(
     sparse_attention_bwd_kernel_dkv[(programs,)](
         *inputs, entries, starts, d_key, d_value, *_strides(d_out, query, key, value, entries, starts),
         *call.sizes, call.entries_per_block, call.key_blocks, call.scale, call.log2_scale,
-        **call.constants, **tile, GATHER=call.sizes[5] % tile["BLOCK_M"] != 0,
+        **call.constants, **tile, GATHER=call.block_q % tile["BLOCK_M"] != 0,
     )  # fmt: skip
 
 
@@ -463,7 +467,7 @@ def _sum_slots(
         for slots, gradient, factor in ((slots_k, d_key, call.scale), (slots_v, d_value, 1.0)):
             Nk, D = gradient.shape[2:]
             sparse_attention_bwd_kernel_sum[(now * Nk,)](
-                slots, entries, starts, gradient, *_strides(entries, starts), first, key.shape[1], Nk, D,
-                *call.sizes[6:], per_list, factor,
-                BLOCK_N=32, BLOCK_D=width(D), num_warps=4, enable_fp_fusion=True,
+                slots, entries, starts, gradient, *_strides(entries, starts), first, key.shape[1], Nk,
+                *call.sizes[4:], per_list, factor,
+                D=D, BLOCK_N=16, BLOCK_D=width(D), num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
