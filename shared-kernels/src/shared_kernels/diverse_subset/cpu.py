@@ -1,16 +1,18 @@
 """diverse_subset on CPUs: lazy greedy in rounds, so that features are read once per round and not once per choice.
 
 Scores of "max_min" and "dpp" only fall while elements are chosen, so an old score bounds the new one from above. A
-round brings all scores up to date by one matrix product with what the last round chose, and takes the best 128 as its
-pool. Choices are then made inside the pool, where each costs a product with 128 rows, as long as the winner beats every
-old score outside. Typical features give tens of choices a round; the worst case is one, the same as without rounds.
-"threshold" goes through blocks of 128 in order of weight. Nothing of N x N exists; images are processed in turn.
+round takes the best scores as its pool and chooses inside it, on a small matrix, as long as the winner beats every old
+score outside; then one matrix product brings all scores up to date. Typical features give tens of choices a round, and
+where they give one, pools become small. "threshold" goes through blocks in order of weight. Nothing of N x N exists;
+sets are processed in turn.
 
-Lengths are divided out after products, so float32 features are not copied.
+Lengths are divided out after products, so float32 features are not copied. Steps inside a pool are numpy's, whose calls
+cost a fraction of torch's.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ _NOTHING = 1e-5  # see the op's docstring
 
 
 class _Features:
-    """The features of one image, and distances or products between any of them."""
+    """The features of one set, and distances or products between any of them."""
 
     def __init__(self, x: Tensor, mask: Tensor, metric: str) -> None:
         self.x = x if bool(mask.all()) else x.masked_fill(~mask[:, None], 0)
@@ -33,149 +35,140 @@ class _Features:
             self.squared = self.x.square().sum(1)
             self.inverse = torch.ones_like(self.squared)
 
-    def products(self, rows: Tensor, columns: "_Features") -> Tensor:
-        """<row, column> of features brought to length 1 if the metric is the cosine; rows are indices into self."""
-        if len(rows) == 1:  # `mv` is faster than `mm` with one row
-            product = torch.mv(columns.x, self.x[int(rows)])[None]
-        else:
-            product = torch.mm(self.x[rows], columns.x.T)
-        return product.mul_(columns.inverse).mul_(self.inverse[rows, None]) if self.cosine else product
-
-    def distances(self, rows: Tensor, columns: "_Features") -> Tensor:
-        product = self.products(rows, columns)
-        if self.cosine:
-            return product.neg_().add_(1).clamp_(min=0)
-        return product.mul_(-2).add_(columns.squared).add_(self.squared[rows, None]).clamp_(min=0).sqrt_()
-
-    def part(self, indices: Tensor) -> "_Features":
+    def part(self, indices: Tensor | slice) -> "_Features":
         """Some of the features as features of their own."""
         few = object.__new__(_Features)
         few.x, few.cosine = self.x[indices], self.cosine
         few.squared, few.inverse = self.squared[indices], self.inverse[indices]
         return few
 
+    def products(self, other: "_Features") -> Tensor:
+        """<own, other>, of features brought to length 1 if the metric is the cosine."""
+        product = torch.mm(self.x, other.x.T)
+        return product.mul_(other.inverse).mul_(self.inverse[:, None]) if self.cosine else product
 
-class _Rule(Protocol):
-    """What the next choice is made by."""
+    def distances(self, other: "_Features") -> Tensor:
+        product = self.products(other)
+        if self.cosine:
+            return product.neg_().add_(1).clamp_(min=0)
+        return product.mul_(-2).add_(other.squared).add_(self.squared[:, None]).clamp_(min=0).sqrt_()
 
-    def scores(self) -> Tensor:
-        """Of all elements; they only fall."""
 
+class _Rule(ABC):
+    """What is chosen by: a score of each element, which only falls."""
+
+    @abstractmethod
     def take(self, picks: Tensor) -> None:
         """These are chosen now."""
 
-    def absorb(self, picks: Tensor, pool: Any, where: Tensor) -> None:
-        """These are, at positions `where` of a part of this rule that took them already."""
+    @abstractmethod
+    def scores(self) -> Tensor:
+        """Of all elements, chosen ones too."""
 
-    def part(self, indices: Tensor) -> Any:
-        """The same rule for some of the elements."""
+    @abstractmethod
+    def step_through(self, pool: Tensor, floor: float, most: int) -> list[int]:
+        """Positions in the pool of the next choices, one at least, while they score above the floor."""
 
 
-class _MaxMin:
+class _MaxMin(_Rule):
     """weight * distance to the nearest chosen element."""
 
-    def __init__(self, features: _Features, weight: Tensor, nearest: Tensor | None = None) -> None:
+    def __init__(self, features: _Features, weight: Tensor) -> None:
         self.features, self.weight = features, weight
-        self.nearest = torch.full_like(weight, torch.inf) if nearest is None else nearest
+        self.nearest = torch.full_like(weight, torch.inf)
+
+    def take(self, picks: Tensor) -> None:
+        distances = self.features.part(picks).distances(self.features)
+        torch.minimum(self.nearest, distances.amin(0), out=self.nearest)
 
     def scores(self) -> Tensor:
         return self.weight * self.nearest
 
+    def step_through(self, pool: Tensor, floor: float, most: int) -> list[int]:
+        block = self.features.part(pool)
+        apart = block.distances(block).fill_diagonal_(-1).numpy()  # what is chosen scores below any floor
+        weight, nearest = self.weight[pool].numpy(), self.nearest[pool].numpy()
+        where: list[int] = []
+        scores = weight * nearest
+        while len(where) < most and (scores[best := int(scores.argmax())] > floor or not where):
+            where.append(best)
+            np.minimum(nearest, apart[best], out=nearest)
+            np.multiply(weight, nearest, out=scores)
+        return where
+
+
+class _Volume(_Rule):
+    """weight^2 * squared distance to the span of the chosen elements: a row of a Cholesky factor for each choice."""
+
+    def __init__(self, features: _Features, weight: Tensor, num_kept: int) -> None:
+        self.features, self.quality = features, weight.square()
+        self.residual, self.floor = features.squared.clone(), _NOTHING * features.squared
+        self.factors, self.count = weight.new_empty(num_kept, len(weight)), 0
+
     def take(self, picks: Tensor) -> None:
-        torch.minimum(self.nearest, self.features.distances(picks, self.features).amin(0), out=self.nearest)
-
-    def absorb(self, picks: Tensor, pool: Any, where: Tensor) -> None:  # noqa: ARG002
-        self.take(picks)
-
-    def part(self, indices: Tensor) -> "_MaxMin":
-        return _MaxMin(self.features.part(indices), self.weight[indices], self.nearest[indices])
-
-
-class _Volume:
-    """weight^2 * squared distance to the span of the chosen elements: Cholesky factors, a row for each choice."""
-
-    def __init__(self, features: _Features, quality: Tensor, factors: Tensor, residual: Tensor, floor: Tensor) -> None:
-        self.features, self.quality = features, quality
-        self.factors, self.residual, self.floor = factors, residual, floor
-        self.count = 0  # rows of `factors` that are filled
+        """Factors among the new ones first, by Cholesky; those of all other columns follow by solving a triangle."""
+        picks = picks[self.residual[picks] > 0]
+        done, chosen = self.factors[: self.count], self.features.part(picks)
+        rows = chosen.products(self.features).sub_(done[:, picks].T @ done)
+        inside = rows[:, picks]
+        inside.diagonal().copy_(self.residual[picks])
+        triangle, failed = torch.linalg.cholesky_ex(inside)
+        if int(failed):  # some of them lie in the span of others: given ones may
+            for pick in picks if len(picks) > 1 else ():
+                self.take(pick[None])
+            return
+        self.factors[self.count : self.count + len(picks)] = torch.linalg.solve_triangular(triangle, rows, upper=False)
+        self.count += len(picks)
+        self.residual.sub_(self.factors[self.count - len(picks) : self.count].square().sum(0))
+        self.residual.masked_fill_(self.residual <= self.floor, 0)
 
     def scores(self) -> Tensor:
         return self.quality * self.residual
 
-    def take(self, picks: Tensor) -> None:
-        """Of elements that are not in the span already; one after the other."""
-        for pick in picks.tolist():
-            if self.residual[pick] > 0:
-                done = self.factors[: self.count]
-                row = self.features.products(torch.tensor([pick]), self.features)[0]
-                self._append(row.sub_(done.T @ done[:, pick]).div_(self.residual[pick].sqrt())[None])
-
-    def absorb(self, picks: Tensor, pool: "_Volume", where: Tensor) -> None:
-        """What the pool chose at its positions `where`: it knows their factors' triangle, the rest is solved for."""
-        done = self.factors[: self.count]
-        rows = self.features.products(picks, self.features).sub_(done[:, picks].T @ done)
-        triangle = pool.factors[pool.count - len(picks) : pool.count, where].T
-        self._append(torch.linalg.solve_triangular(triangle, rows, upper=False))
-
-    def _append(self, rows: Tensor) -> None:
-        self.factors[self.count : self.count + len(rows)] = rows
-        self.count += len(rows)
-        self.residual.sub_(rows.square().sum(0))
-        self.residual.masked_fill_(self.residual <= self.floor, 0)
-
-    def part(self, indices: Tensor) -> "_Volume":
-        factors = self.factors.new_empty(self.factors.shape[0], len(indices))
-        factors[: self.count] = self.factors[: self.count, indices]
-        few = _Volume(
-            self.features.part(indices), self.quality[indices], factors, self.residual[indices], self.floor[indices]
-        )
-        few.count = self.count
-        return few
+    def step_through(self, pool: Tensor, floor: float, most: int) -> list[int]:
+        block, done = self.features.part(pool), self.factors[: self.count, pool]
+        left = block.products(block).sub_(done.T @ done).numpy()
+        quality, residual, nothing = (t[pool].numpy() for t in (self.quality, self.residual, self.floor))
+        rows = np.empty((min(most, len(pool)), len(pool)), left.dtype)
+        where: list[int] = []
+        scores = quality * residual
+        while len(where) < len(rows) and (scores[best := int(scores.argmax())] > floor or not where):
+            n = len(where)
+            rows[n] = (left[best] - rows[:n, best] @ rows[:n]) / np.sqrt(residual[best])
+            residual -= rows[n] ** 2
+            residual[residual <= nothing] = 0
+            residual[best] = 0
+            where.append(best)
+            np.multiply(quality, residual, out=scores)
+        return where
 
 
-def _greedy(rule: _Rule, mask: Tensor, chosen: list[int], num_kept: int) -> list[int]:
-    """Go on from the elements `chosen` already, which `rule` knows."""
-    taken = ~mask
-    taken[chosen] = True
-    num_kept = min(num_kept, len(chosen) + int((~taken).sum()))
-    while len(chosen) < num_kept:
+def _greedy(rule: _Rule, mask: Tensor, given: list[int], num_kept: int) -> list[int]:
+    """Go on from the choices that `rule` has taken already."""
+    chosen, taken, size = list(given), ~mask, _POOL
+    taken[given] = True
+    most = min(num_kept, len(given) + int((~taken).sum()))
+    while len(chosen) < most:
         scores = rule.scores().masked_fill_(taken, -torch.inf)
         if not bool(scores.amax() > 0):  # and so it stays: the rest comes in order of index
-            return chosen + (~taken).nonzero()[: num_kept - len(chosen), 0].tolist()
-        indices, outside = _pool(scores)
-        pool = rule.part(indices)
-        where = _choose_within(pool, scores[indices], outside, num_kept - len(chosen))
-        picks = indices[where]
-        rule.absorb(picks, pool, where)
+            return chosen + (~taken).nonzero()[: most - len(chosen), 0].tolist()
+        pool, outside = _pool(scores, size)
+        picks = pool[rule.step_through(pool, max(outside, 0.0), most - len(chosen))]
+        rule.take(picks)
         taken[picks] = True
-        chosen = chosen + picks.tolist()
+        chosen += picks.tolist()
+        size = min(_POOL, 4 * len(picks) + 8)
     return chosen
 
 
-def _pool(scores: Tensor) -> tuple[Tensor, float]:
+def _pool(scores: Tensor, size: int) -> tuple[Tensor, float]:
     """Indices of the best scores, the very first among them, in order; and the best score outside."""
-    if len(scores) <= _POOL:
-        return torch.arange(len(scores)), -torch.inf
-    values, indices = scores.topk(_POOL + 1)
-    first, indices = scores.argmax(), indices[:-1]
+    size = min(size, int((scores > 0).sum()))
+    values, indices = scores.topk(min(size + 1, len(scores)))
+    first, indices = scores.argmax(), indices[:size]
     if not bool((indices == first).any()):  # more are equally good than fit
         indices[-1] = first
-    return indices.sort().values, float(values[-1])
-
-
-def _choose_within(pool: _Rule, scores: Tensor, outside: float, most: int) -> Tensor:
-    """Positions in the pool, in order of choice: one at least, further ones while they beat what is outside."""
-    where: list[int] = []
-    taken = scores == -torch.inf
-    while len(where) < most:
-        position = scores.argmax()
-        if where and not scores[position] > max(outside, 0.0):
-            break
-        where.append(int(position))
-        taken[position] = True
-        pool.take(position[None])
-        scores = pool.scores().masked_fill_(taken, -torch.inf)
-    return torch.tensor(where)
+    return indices.sort().values, float(values[-1]) if size < len(scores) else -torch.inf
 
 
 def _unsuppressed(features: _Features, weight: Tensor, threshold: Tensor, mask: Tensor, num_kept: int) -> list[int]:
@@ -184,10 +177,10 @@ def _unsuppressed(features: _Features, weight: Tensor, threshold: Tensor, mask: 
     for indices in order.split(_POOL):
         if kept:
             earlier = torch.tensor(kept)
-            near = features.distances(earlier, features.part(indices)) < threshold[earlier, None]
+            near = features.part(earlier).distances(features.part(indices)) < threshold[earlier, None]
             indices = indices[~near.any(0)]
         block = features.part(indices)
-        near = block.distances(torch.arange(len(indices)), block) < threshold[indices, None]
+        near = block.distances(block) < threshold[indices, None]
         suppressed = torch.zeros(len(indices), dtype=torch.bool)
         for i, index in enumerate(indices.tolist()):
             if not suppressed[i]:
@@ -202,7 +195,7 @@ def _most_isolated(features: _Features, mask: Tensor) -> int:
     """The allowed element whose nearest other one is farthest."""
     nearest = torch.empty_like(features.squared)
     for rows in torch.arange(len(nearest)).split(_ROWS):
-        distances = features.distances(rows, features).masked_fill_(~mask, torch.inf)
+        distances = features.part(rows).distances(features).masked_fill_(~mask, torch.inf)
         distances[torch.arange(len(rows)), rows] = torch.inf
         torch.amin(distances, 1, out=nearest[rows[0] : rows[-1] + 1])
     return int(nearest.masked_fill_(~mask, -torch.inf).argmax())
@@ -223,9 +216,7 @@ def _choose(
     if threshold is not None:
         return _unsuppressed(features, weight, threshold, mask, num_kept)
     if method == "dpp":
-        squares = features.squared
-        factors = squares.new_empty(num_kept, len(squares))
-        rule: _Rule = _Volume(features, weight.square(), factors, squares.clone(), _NOTHING * squares)
+        rule: _Rule = _Volume(features, weight, num_kept)
     else:
         rule = _MaxMin(features, weight)
         if len(given) == 0:
