@@ -130,8 +130,8 @@ def select_tokens(indices: Int[Tensor, "B K"], *tensors: Tensor) -> tuple[Tensor
 def select_mask(indices: Int[Tensor, "B K"], mask: Tensor) -> Tensor:
     """Rows and columns `indices` of attention masks (B, heads, N, N), as (B, heads, K, K).
 
-    Boolean or additive; of (B, heads, 1, N), columns only. A first dimension of 1 is shared by all sequences. Raises ValueError on other
-    shapes.
+    Boolean or additive; of (B, heads, 1, N), columns only. A first dimension of 1 is shared by all sequences. Raises
+    ValueError on other shapes.
     """
     B = indices.shape[0]
     if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[2] not in (1, mask.shape[3]):
