@@ -5,6 +5,7 @@ from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
 from shared_kernels.select_blocks import BlockLists, choose_blocks, select_blocks
+from shared_kernels.sparse_attention import TransposedLists, sparse_attention, transpose_lists
 from shared_kernels.states import merge_states
 from shared_kernels.stencil_blend import stencil_blend
 from shared_kernels.tokens import (
@@ -25,6 +26,7 @@ from shared_kernels.zones import zonal_histogram
 __all__ = [
     "BlockLists",
     "BlockStats",
+    "TransposedLists",
     "apply_channel_gate",
     "backend",
     "block_stats",
@@ -44,7 +46,9 @@ __all__ = [
     "select_blocks",
     "select_mask",
     "select_tokens",
+    "sparse_attention",
     "stencil_blend",
+    "transpose_lists",
     "unpack_tokens",
     "zonal_histogram",
 ]

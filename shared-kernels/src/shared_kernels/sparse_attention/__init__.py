@@ -222,16 +222,16 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{name} must be of query's dtype, {query.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must be of the dtype of query, {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
     B, H, _, D = query.shape
     if key.shape[0] != B or key.shape[3] != D or D == 0:
-        raise ValueError(f"key must be ({B}, Hkv, Nk, {D}) to query's {tuple(query.shape)}, got {tuple(key.shape)}")
+        raise ValueError(f"key must be ({B}, Hkv, Nk, {D}) for a query of {tuple(query.shape)}, got {tuple(key.shape)}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value must be {tuple(key.shape[:3])} + (E,) as key is, got {tuple(value.shape)}")
     if key.shape[1] == 0 or H % key.shape[1]:
-        raise ValueError(f"query's heads must be a multiple of key's, got {H} and {key.shape[1]}")
+        raise ValueError(f"heads of query must be a multiple of those of key, got {H} and {key.shape[1]}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 

@@ -1,9 +1,10 @@
 """Lists shared by many query rows: gather the listed key blocks, then dense products of matrices, a tile at a time.
 
 An item is a query block of all heads that share its list and its keys; its rows are multiplied with one gathered copy.
-Items are sorted by the length of their lists, so that those of one tile hardly need padding, and those that need a mask
-(the short last key block, keys in the future) stand apart: all others run without. Tiles are small enough to stay in a
-core's cache while the softmax, to base 2, goes over them in place.
+Items are sorted by the length of their lists, so that those of one tile hardly need padding. Where something must be
+hidden (keys in the future, the short last block, padding), lists are sorted as well: it then stands at their ends, and
+only there a mask is applied. Tiles are small enough to stay in a core's cache while the softmax, to base 2, goes over
+them in place.
 """
 
 import math
@@ -13,22 +14,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TILE = 1 << 18  # scores in a tile, per thread
+TILE = 1 << 18  # scores in a tile, per thread
 _FEWEST_ROWS = 16  # of a tile; query blocks are cut down to it if key blocks are large
+_WIDE = 1024  # numbers in a block from which on adding blocks one by one is faster than sorting them
 _LOG2E = math.log2(math.e)
 
 
 class _Chunk(NamedTuple):
     """Items that are computed together."""
 
-    items: Tensor
+    items: Tensor | slice
     length: int
     """Entries of the longest list."""
-    masked: bool
+    clear: int
+    """Leading entries of which no row of any item must hide a key."""
 
 
 class _Items:
-    """What the lists say, item by item. Z is batches times heads of items, R the rows of an item."""
+    """What the lists say, item by item. R is the rows of an item: a query block's of all heads that share it."""
 
     def __init__(
         self, query: Tensor, key: Tensor, indices: Tensor, counts: Tensor, causal: bool, block_q: int, block_k: int
@@ -41,42 +44,40 @@ class _Items:
         self.R = self.group * block_q
         self.rows = min(self.R, max(_FEWEST_ROWS, _tile() // block_k))  # of a tile
         share = self.heads // indices.shape[1]
-        self.lists = indices.repeat_interleave(share, 1).reshape(B * self.heads * self.nq, -1)
+        lists = indices.repeat_interleave(share, 1).reshape(B * self.heads * self.nq, -1)
         self.counts = counts.repeat_interleave(share, 1).reshape(-1)
-        heads_of_items = torch.arange(B * self.heads, dtype=torch.int32).repeat_interleave(self.nq)
-        self.first_block = heads_of_items // (self.heads // Hkv) * self.nk
-        slots = torch.arange(self.lists.shape[1], dtype=torch.int32)
-        there = slots < self.counts[:, None]
-        self.needs_mask = self._needs_mask(torch.where(there, self.lists, -1).amax(1))
+        heads = torch.arange(B * self.heads, dtype=torch.int32).repeat_interleave(self.nq)
+        self.first_block = (heads // (self.heads // Hkv) * self.nk)[:, None]
+        there = torch.arange(lists.shape[1], dtype=torch.int32) < self.counts[:, None]
+        if causal or self.nk * block_k > self.Nk:
+            lists = torch.where(there, lists, self.nk).sort(dim=1).values
+            there &= (lists + 1) * block_k <= self._visible(torch.arange(len(lists)), 0, 1)
+        self.clear = there.sum(1)
         # what pads a list is its own first block: what no list names is never touched
-        self.lists = torch.where(there, self.lists, self.lists[:, :1])
+        slots = torch.arange(lists.shape[1], dtype=torch.int32)
+        self.lists = torch.where(slots < self.counts[:, None], lists, lists[:, :1])
 
-    def _needs_mask(self, last: Tensor) -> Tensor:
-        needs = (last == self.nk - 1) & (self.nk * self.block_k > self.Nk)
-        if self.causal:
-            needs |= (last + 1) * self.block_k - 1 > self._limits(torch.arange(len(last)), 0, 1)[:, 0]
-        return needs
-
-    def _limits(self, items: Tensor, start: int, stop: int) -> Tensor:
-        """The last key that each of some rows of items may see, (items, rows)."""
+    def _visible(self, items: Tensor, start: int, stop: int) -> Tensor:
+        """How many keys some rows of some items see at most, (items, rows or 1)."""
+        if not self.causal:
+            return torch.full((1, 1), self.Nk)
         rows = torch.arange(start, stop) % self.block_q
-        return (items % self.nq)[:, None] * self.block_q + rows + (self.Nk - self.Nq)
+        last = (items % self.nq)[:, None] * self.block_q + rows
+        return (last + 1 + self.Nk - self.Nq).clamp(max=self.Nk)
 
     def chunks(self) -> Iterator[_Chunk]:
-        """All items that have keys, longest lists first, those with masks before the others."""
-        order = (self.counts + self.needs_mask * (self.lists.shape[1] + 1)).sort(descending=True, stable=True).indices
-        order = order[self.counts[order] > 0]
-        lengths, masks = self.counts[order].tolist(), self.needs_mask[order].tolist()
+        """All items that have keys, longest lists first."""
+        order = self.counts.sort(descending=True, stable=True).indices
+        order = order[: int((self.counts > 0).sum())]
+        lengths, clears, numbers = self.counts[order].tolist(), self.clear[order].tolist(), order.tolist()
         start = 0
-        while start < len(lengths):
-            length = lengths[start]
-            stop = min(len(lengths), start + max(1, _tile() // (self.rows * length * self.block_k)))
-            if self.rows < self.R:
-                stop = start + 1
-            if masks[start] != masks[stop - 1]:
-                stop = masks.index(False, start)
-            masked = masks[start] or lengths[stop - 1] < length
-            yield _Chunk(order[start:stop], length, masked)
+        while start < len(numbers):
+            many = _tile() // (self.rows * lengths[start] * self.block_k) if self.rows == self.R else 1
+            stop = min(len(numbers), start + max(1, many))
+            first, last = numbers[start], numbers[stop - 1]
+            in_order = numbers[start:stop] == list(range(first, last + 1))
+            items = slice(first, last + 1) if in_order else order[start:stop]
+            yield _Chunk(items, lengths[start], min(clears[start:stop]))
             start = stop
 
     def pieces(self, length: int) -> Iterator[slice]:
@@ -87,15 +88,22 @@ class _Items:
     def row_pieces(self) -> Iterator[slice]:
         return (slice(i, min(i + self.rows, self.R)) for i in range(0, self.R, self.rows))
 
-    def hidden(self, items: Tensor, slots: slice, rows: slice) -> Tensor:
-        """Which scores count nothing: (items, 1 or rows, keys)."""
-        blocks = self.lists[items, slots]
-        keys = (blocks[..., None] * self.block_k + torch.arange(self.block_k, dtype=torch.int32)).flatten(1)
-        padding = torch.arange(slots.start, slots.stop) >= self.counts[items, None]
-        hidden = ((keys >= self.Nk) | padding.repeat_interleave(self.block_k, 1))[:, None]
-        if not self.causal:
-            return hidden
-        return hidden | (keys[:, None] > self._limits(items, rows.start, rows.stop)[..., None])
+    def blocks(self, chunk: _Chunk, slots: slice) -> Tensor:
+        """The listed key blocks, counted through all heads."""
+        return self.lists[chunk.items, slots] + self.first_block[chunk.items]
+
+    def hide(self, scores: Tensor, chunk: _Chunk, slots: slice, rows: slice) -> None:
+        """Set scores (items, rows, keys) of what is not there, or not to be seen, to -inf."""
+        slots = slice(max(chunk.clear, slots.start), slots.stop)
+        if slots.start >= slots.stop:
+            return
+        blocks = self.lists[chunk.items, slots]
+        keys = blocks[..., None] * self.block_k + torch.arange(self.block_k, dtype=torch.int32)
+        padding = torch.arange(slots.start, slots.stop) >= self.counts[chunk.items, None]
+        keys = torch.where(padding[..., None], self.Nk, keys).flatten(1)[:, None]
+        items = torch.arange(len(self.lists))[chunk.items]
+        hidden = keys >= self._visible(items, rows.start, rows.stop)[..., None]
+        scores[..., -keys.shape[2] :].masked_fill_(hidden, -torch.inf)
 
     def split(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, Nq, ...) -> (items, R, ...) in some dtype; rows beyond the last query are zero."""
@@ -117,7 +125,7 @@ class _Items:
 
 
 def _tile() -> int:
-    return _TILE * torch.get_num_threads()
+    return TILE * torch.get_num_threads()
 
 
 def _padded(tensor: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -174,47 +182,55 @@ def forward(
     queries, keys = items.split(query, wide), items.blocks_of(key, wide)
     values = items.blocks_of(value, _weights_dtype(value.dtype))
     out = queries.new_zeros(*queries.shape[:2], value.shape[3])
-    lse = queries.new_full(queries.shape[:2], -torch.inf)
     work = _Workspace(queries)
+    tops, totals = queries.new_zeros(2, *queries.shape[:2])
     for chunk in items.chunks():
         for rows in items.row_pieces():
-            q = queries[chunk.items, rows].mul_(scale * _LOG2E)
+            q = queries[chunk.items, rows] * (scale * _LOG2E)
             result, top, total = _attend(items, work, chunk, rows, q, keys, values)
-            empty = total == 0 if chunk.masked else None
-            if empty is not None:
-                total = total.masked_fill(empty, 1.0)
+            tops[chunk.items, rows], totals[chunk.items, rows] = top.squeeze(-1), total.squeeze(-1)
+            if chunk.clear == 0:
+                total.masked_fill_(total == 0, 1.0)
             out[chunk.items, rows] = result.div_(total)
-            lse[chunk.items, rows] = ((top + total.log2()) / _LOG2E).squeeze(-1)
+    lse = tops.add_(totals.log2_()).div_(_LOG2E)
     return items.join(out, query.dtype), items.join(lse, wide)
+
+
+class _State(NamedTuple):
+    """A softmax over part of the keys, not divided by its sum yet; the maximum is that of scores to base 2."""
+
+    result: Tensor
+    top: Tensor
+    total: Tensor
 
 
 def _attend(
     items: _Items, work: _Workspace, chunk: _Chunk, rows: slice, q: Tensor, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of values, running maximum to base 2 and sum of weights, (items, rows, E | 1 | 1)."""
-    top = total = result = None
+) -> _State:
+    """Some rows of some items over all their keys."""
+    states: list[_State] = []
     for slots in items.pieces(chunk.length):
-        chosen = items.lists[chunk.items, slots] + items.first_block[chunk.items, None]
+        chosen = items.blocks(chunk, slots)
         scores = work.bmm("scores", q, work.gather("keys", keys, chosen, q.shape[2]).mT)
-        if chunk.masked:
-            scores.masked_fill_(items.hidden(chunk.items, slots, rows), -torch.inf)
-        peak = scores.amax(-1, keepdim=True)
-        if top is not None:
-            peak = torch.maximum(top, peak)
-        safe = peak.masked_fill(peak == -torch.inf, 0.0) if chunk.masked else peak
-        weights = scores.sub_(safe).exp2_()
-        step = weights.sum(-1, keepdim=True)
+        items.hide(scores, chunk, slots, rows)
+        top = scores.amax(-1, keepdim=True)
+        # rows that see none of these keys
+        weights = scores.sub_(top.masked_fill(top == -torch.inf, 0.0) if slots.start >= chunk.clear else top).exp2_()
+        total = weights.sum(-1, keepdim=True)
         if values.dtype != weights.dtype:
             weights = work.get("weights", *weights.shape, dtype=values.dtype).copy_(weights)
         chosen_values = work.gather("values", values, chosen, values.shape[1] // items.block_k)
-        part = torch.bmm(weights, chosen_values).to(q.dtype)
-        if top is None:
-            total, result = step, part
-        else:
-            shrink = torch.exp2(top - safe)
-            total, result = total * shrink + step, result.mul_(shrink).add_(part)
-        top = peak
-    return result, top, total
+        state = _State(torch.bmm(weights, chosen_values).to(q.dtype), top, total)
+        states = [_joined(states[0], state) if states else state]
+    return states[0]
+
+
+def _joined(a: _State, b: _State) -> _State:
+    top = torch.maximum(a.top, b.top)
+    safe = top.masked_fill(top == -torch.inf, 0.0)
+    share_a, share_b = torch.exp2(a.top - safe), torch.exp2(b.top - safe)
+    result = (a.result * share_a).addcmul_(b.result, share_b)
+    return _State(result, top, a.total * share_a + b.total * share_b)
 
 
 def backward(
@@ -242,17 +258,15 @@ def backward(
     work = _Workspace(queries)
     for chunk in items.chunks():
         for rows in items.row_pieces():
-            q = queries[chunk.items, rows].mul_(scale * _LOG2E)
-            top = lses[chunk.items, rows].mul_(_LOG2E)
+            q, top = queries[chunk.items, rows] * (scale * _LOG2E), lses[chunk.items, rows] * _LOG2E
             top.masked_fill_(top == -torch.inf, 0.0)
             d, shift = d_outs[chunk.items, rows], deltas[chunk.items, rows]
             d_q = torch.zeros_like(q)
             for slots in items.pieces(chunk.length):
-                chosen = items.lists[chunk.items, slots] + items.first_block[chunk.items, None]
+                chosen = items.blocks(chunk, slots)
                 k = work.gather("keys", keys, chosen, q.shape[2])
                 weights = work.bmm("scores", q, k.mT)
-                if chunk.masked:
-                    weights.masked_fill_(items.hidden(chunk.items, slots, rows), -torch.inf)
+                items.hide(weights, chunk, slots, rows)
                 weights.sub_(top).exp2_()
                 _add_blocks(d_values, chosen, work.bmm("d_values", weights.mT, d))
                 v = work.gather("values", values, chosen, d.shape[2])
@@ -268,7 +282,11 @@ def backward(
 
 
 def _add_blocks(total: Tensor, chosen: Tensor, parts: Tensor) -> None:
-    total.index_add_(0, chosen.reshape(-1), parts.view(-1, total.shape[1]))
+    parts, chosen = parts.view(-1, total.shape[1]), chosen.reshape(-1)
+    if total.shape[1] < _WIDE:
+        total.scatter_add_(0, chosen.long()[:, None].expand_as(parts), parts)
+    else:
+        total.index_add_(0, chosen, parts)
 
 
 def _whole(blocks: Tensor, like: Tensor) -> Tensor:

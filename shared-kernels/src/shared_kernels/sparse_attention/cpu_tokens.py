@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_kernels import _rows
 from shared_kernels.sparse_attention.lists import listed, transpose_lists
 
-_TILE = 1 << 20  # listed pairs
+TILE = 1 << 20  # listed pairs
 _LOG2E = math.log2(math.e)
 
 
@@ -25,14 +25,17 @@ class _Heads:
     ) -> None:
         (B, H, self.Nq, _), (_, Hkv, self.Nk, _) = query.shape, key.shape
         self.Z, self.causal, self.block_k = B * H, causal, block_k
-        self.indices = indices.repeat_interleave(block_q, 2)[:, :, : self.Nq]
-        self.counts = counts.repeat_interleave(block_q, 2)[:, :, : self.Nq]
+        if block_q > 1:
+            indices, counts = (t.repeat_interleave(block_q, 2)[:, :, : self.Nq] for t in (indices, counts))
+        self.indices, self.counts = indices, counts
         heads = torch.arange(self.Z)
         self.key_head, self.list_head = heads // (H // Hkv), heads // (H // indices.shape[1])
+        full = int(counts.min()) == indices.shape[3]
+        self.nothing_hidden = full and not causal and self.Nk % block_k == 0
 
     def chunks(self) -> Iterator[slice]:
         pairs = self.Nq * self.indices.shape[3] * self.block_k
-        step = max(1, _TILE // pairs)
+        step = max(1, TILE // pairs)
         return (slice(i, min(i + step, self.Z)) for i in range(0, self.Z, step))
 
     def columns(self, heads: slice) -> tuple[Tensor, Tensor | None]:
@@ -40,16 +43,22 @@ class _Heads:
 
         What is hidden beyond a list's end, or beyond the last key, is replaced by the first key of the list.
         """
-        lists = self.indices.flatten(0, 1)[self.list_head[heads]]
-        there = listed(lists, self.counts.flatten(0, 1)[self.list_head[heads]])[..., None]
+        lists, offsets = self.of_lists(self.indices, heads), (self.key_head[heads] * self.Nk).to(torch.int32)
         keys = lists[..., None] * self.block_k + torch.arange(self.block_k, dtype=torch.int32)
-        there = (there & (keys < self.Nk)).flatten(2)
-        first = keys[..., 0, :1].clamp(0, self.Nk - 1)
-        keys = torch.where(there, keys.flatten(2), first)
-        if self.causal:
-            there &= keys <= torch.arange(self.Nq)[:, None] + (self.Nk - self.Nq)
-        offsets = (self.key_head[heads] * self.Nk).to(torch.int32)[:, None, None]
-        return (keys + offsets).view(-1), None if there.all() else ~there
+        hidden = None
+        if not self.nothing_hidden:
+            there = listed(lists, self.of_lists(self.counts, heads))[..., None]
+            there = (there & (keys < self.Nk)).flatten(2)
+            keys = torch.where(there, keys.flatten(2), keys[..., 0, :1].clamp(0, self.Nk - 1))
+            if self.causal:
+                there &= keys <= torch.arange(self.Nq, dtype=torch.int32)[:, None] + (self.Nk - self.Nq)
+            hidden = ~there
+        return keys.flatten(2).add_(offsets[:, None, None]).view(-1), hidden
+
+    def of_lists(self, tensor: Tensor, heads: slice) -> Tensor:
+        """The part of a tensor (B, Hl, ...) that serves some query heads, (heads, ...)."""
+        flat = tensor.flatten(0, 1)
+        return flat[heads] if len(flat) == self.Z else flat[self.list_head[heads]]
 
 
 def forward(
@@ -118,24 +127,28 @@ def backward(
         if hidden is not None:
             d_scores.masked_fill_(hidden, 0.0)  # 0 times what stands where nothing is seen
         d_query[chunk] = _rows.weighted_rows(flat, keys, d_scores).mul_(scale)
-        lists = [t.flatten(0, 1)[heads.list_head[chunk]] for t in (entries, starts)]
-        _add_by_key(d_value, heads.key_head[chunk], *lists, d, weights)
-        _add_by_key(d_key, heads.key_head[chunk], *lists, q, d_scores)
+        turned = _turned_round(*(heads.of_lists(t, chunk) for t in (entries, starts)))
+        _add_by_key(d_value, heads.key_head[chunk], turned, d, weights)
+        _add_by_key(d_key, heads.key_head[chunk], turned, q, d_scores)
     d_key, d_value = (
         t.flatten(1, 2)[:, : heads.Nk].reshape(s.shape).to(s.dtype) for t, s in ((d_key, key), (d_value, value))
     )
     return d_query.view(query.shape).to(query.dtype), d_key, d_value
 
 
-def _add_by_key(
-    total: Tensor, key_head: Tensor, entries: Tensor, starts: Tensor, rows: Tensor, weights: Tensor
-) -> None:
-    """total[key head, block, offset] += sum over the entries that name the block of weight * row."""
+def _turned_round(entries: Tensor, starts: Tensor) -> _rows.Transposed:
+    """The lists of several heads as one, with one more key block for each head, which takes the padding."""
     Z, size = entries.shape
     offsets = torch.arange(Z, dtype=torch.int32)[:, None] * size
-    bounds = torch.cat([(starts + offsets).view(-1), starts.new_tensor([Z * size])])  # the last of a head is padding
-    lists = _rows.Transposed((entries + offsets).view(-1), bounds)
-    for offset in range(total.shape[2]):
-        at = weights.view(-1, total.shape[2])[:, offset]
-        sums = _rows.summed_by_key(lists, rows.flatten(0, 1), at, size // rows.shape[1])
-        total[:, :, offset].index_add_(0, key_head, sums.view(Z, starts.shape[1], -1)[:, :-1])
+    bounds = torch.cat([(starts + offsets).view(-1), starts.new_tensor([Z * size])])
+    return _rows.Transposed((entries + offsets).view(-1), bounds)
+
+
+def _add_by_key(total: Tensor, key_head: Tensor, lists: _rows.Transposed, rows: Tensor, weights: Tensor) -> None:
+    """total[key head, block, offset] += sum over the entries that name the block of weight * row."""
+    _, blocks, block_k, width = total.shape
+    m = weights.shape[-1] // block_k
+    for offset in range(block_k):
+        at = weights.view(-1, block_k)[:, offset]
+        sums = _rows.summed_by_key(lists, rows.flatten(0, 1), at, m).view(-1, blocks + 1, width)
+        total[:, :, offset].index_add_(0, key_head, sums[:, :-1])
