@@ -4,6 +4,7 @@ from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
+from shared_kernels.local_attention import local_attention, neighborhood_attention
 from shared_kernels.select_blocks import BlockLists, choose_blocks, select_blocks
 from shared_kernels.sparse_attention import TransposedLists, sparse_attention, transpose_lists
 from shared_kernels.states import merge_states
@@ -37,8 +38,10 @@ __all__ = [
     "diverse_subset",
     "keep_tokens",
     "kept_indices",
+    "local_attention",
     "merge_states",
     "merge_tokens",
+    "neighborhood_attention",
     "pack_tokens",
     "put_tokens",
     "repack_tokens",
