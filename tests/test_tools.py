@@ -24,8 +24,8 @@ def tool(name):
     return module
 
 
-claims = tool("claims")  # first: the other two import it by this name
-bench, gpu_check = tool("bench"), tool("gpu_check")
+claims = tool("claims")  # first: the others import it by this name
+bench, gpu_check, tune_kernels = tool("bench"), tool("gpu_check"), tool("tune_kernels")
 
 CLAIM_FILE = """
 import torch
@@ -249,3 +249,36 @@ def test_gpu_check_counts_tests(tests, outcome, counts, monkeypatch, tmp_path):
         ((section, key, entry),) = kept
         assert (section, key) == ("tests", "a-package")
         assert f"{entry['tests']}{entry['failures']}{entry['skipped']}" == counts
+
+
+def test_tuning_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--only", "sparse_attention"])
+    assert tune_kernels.main() == 2
+    assert re.search("no GPU: torch .* and tiles are timed on one. Run this where one is\n", capsys.readouterr().err)
+
+
+def test_tuning_walks_to_the_fastest_tile():
+    """A valley in rows and stages, a cliff where shared memory ends, and a row that no sample uses."""
+    pytest.importorskip("triton")
+    from shared_kernels._tiles import Tile
+
+    start = Tile(rows=64, keys=32, warps=4, stages=1)
+    table = {"forward": {64: start, 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 1, 1)}, "dq": {64: start}}
+    before = {kernel: dict(rows) for kernel, rows in table.items()}
+    run, used_by = lambda columns: table["forward"][columns], {}
+
+    def clock(call):
+        tiles = call()
+        rows, keys, warps, stages = tiles[0]
+        used_by.setdefault(len(tiles), set()).add(tiles[-1])
+        return float("inf") if stages > 3 else abs(rows - 128) + abs(stages - 4) + abs(keys - 32) + abs(warps - 4) + 100
+
+    found = {row.columns: row for row in tune_kernels.tuned_rows(table, run, {"a": 64, "b": 64, "c": 128}, clock)}
+    assert found[64].after == Tile(rows=128, keys=32, warps=4, stages=1)  # a stage more would win less than 2 %
+    assert (found[64].time_before, found[64].time_after) == (167.0, 103.0)
+    assert found[128].after == Tile(rows=128, keys=32, warps=4, stages=1)
+    assert {row.kernel for row in found.values()} == {"forward"}
+    assert start in used_by[2]  # both samples at once
+    assert Tile(16, 16, 4, 1) in used_by[1]
+    assert table == before
