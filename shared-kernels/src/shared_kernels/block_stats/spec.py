@@ -34,19 +34,19 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             },
         }  # fmt: skip
     return {
-        "shorter last block": {"x": make.normal(2, 3, 37, 20), "block_size": 16},
-        "whole blocks": {"x": make.normal(1, 2, 36, 40), "block_size": 12},
-        "lengths": {"x": make.normal(4, 2, 41, 18), "block_size": 9, "lengths": _lengths(make, 41, 17, 0, 99)},
+        "shorter last block": {"x": make.normal(2, 2, 37, 20), "block_size": 16},
+        "whole blocks": {"x": make.normal(1, 1, 36, 40), "block_size": 12},
+        "lengths": {"x": make.normal(4, 1, 41, 18), "block_size": 18, "lengths": _lengths(make, 41, 17, 0, 99)},
         "nothing behind the length leaks": {
             "x": make.normal(2, 1, 23, 17).index_fill(2, torch.arange(18, 23, device=make.device), torch.nan),
             "block_size": 7,
             "lengths": _lengths(make, 18, 11),
         },
-        "blocks of one token": {"x": make.normal(1, 2, 13, 17), "block_size": 1},
+        "blocks of one token": {"x": make.normal(1, 1, 7, 17), "block_size": 1},
         "one token": {"x": make.normal(2, 1, 1, 24), "block_size": 5},
         "block longer than the sequence": {"x": make.normal(2, 1, 11, 6, scale=30.0), "block_size": 64},
-        "heads behind tokens": {"x": make.normal(2, 29, 3, 24).transpose(1, 2), "block_size": 8},
-        "strided memory": {"x": make.strided(2, 3, 19, 21), "block_size": 8},
+        "heads behind tokens": {"x": make.normal(1, 29, 3, 24).transpose(1, 2), "block_size": 8},
+        "strided memory": {"x": make.strided(2, 2, 13, 21), "block_size": 8},
         "no sequences": {"x": make.normal(0, 3, 11, 8), "block_size": 4},
         "no tokens": {"x": make.normal(2, 3, 0, 8), "block_size": 4},
     }

@@ -75,7 +75,7 @@ def block_stats_bwd_kernel(
 
 def tiles(x: Tensor) -> dict[str, int]:
     if target(x) == "interpreter":
-        return {"BLOCK_N": 8, "BLOCK_D": 16}
+        return {"BLOCK_N": 8, "BLOCK_D": 32}
     return {"BLOCK_N": 64, "BLOCK_D": 64 if x.shape[3] > 32 else 32}
 
 

@@ -13,8 +13,10 @@ from shared_kernels.testing import Make, OpSpec, Refusal, Sample
 INF, NAN = math.inf, math.nan
 
 
-def _tokens(make: Make, queries: int, keys: int, *, heads: int = 3, kv_heads: int = 3, width: int = 20) -> Sample:
-    return {"query": make.normal(2, heads, queries, width), "key": make.normal(2, kv_heads, keys, width)}
+def _tokens(
+    make: Make, queries: int, keys: int, *, batch: int = 1, heads: int = 3, kv_heads: int = 3, width: int = 20
+) -> Sample:
+    return {"query": make.normal(batch, heads, queries, width), "key": make.normal(batch, kv_heads, keys, width)}
 
 
 def _whole_numbers(make: Make, batch: int, heads: int, tokens: int, width: int) -> dict[str, Tensor]:
@@ -36,7 +38,7 @@ def select_samples(make: Make, size: str) -> dict[str, Sample]:
     if size == "tiny":
         return {"a share": {**_tokens(make, 7, 11), "block_size": (2, 3), "topk": 0.5}}
     if size == "medium":
-        return {"many blocks": {**_tokens(make, 1501, 1203), "block_size": (4, 4), "topk": 0.1}}
+        return {"many blocks": {**_tokens(make, 1501, 1203, batch=2), "block_size": (4, 4), "topk": 0.1}}
     if size == "real":
         return {
             "a share": {**_whole_numbers(make, 1, 16, 32768, 64), "block_size": (64, 64), "topk": 0.1},
@@ -45,7 +47,7 @@ def select_samples(make: Make, size: str) -> dict[str, Sample]:
     few = {"block_size": (8, 4)}
     causal = {"causal": True, "forced": _band(make, 5, 14)}
     return {
-        "a share": {**_tokens(make, 37, 53), **few, "topk": 0.25},
+        "a share": {**_tokens(make, 37, 53, batch=2), **few, "topk": 0.25},
         "a mass": {**_tokens(make, 37, 53), **few, "topp": 0.6, "scale": 2.0},
         "a share and a mass": {
             **_tokens(make, 37, 53, heads=4, kv_heads=2), **few, "topk": 3, "topp": 0.3, "scale": 1.5
@@ -55,7 +57,7 @@ def select_samples(make: Make, size: str) -> dict[str, Sample]:
             **_tokens(make, 37, 53, heads=6), **few, "topk": 2, "topp": 0.5, "scale": 4.0, "list_heads": 1
         },
         "forced for each sequence": {
-            **_tokens(make, 37, 53), **few, "topk": 2, "forced": _pattern(make, 2, 1, 1, 14, every=5)
+            **_tokens(make, 37, 53, batch=2), **few, "topk": 2, "forced": _pattern(make, 2, 1, 1, 14, every=5)
         },
         "causal": {**_tokens(make, 37, 53), **few, "topk": 3, **causal},
         "causal, fewer keys": {**_tokens(make, 37, 19), "block_size": (5, 3), "topk": 3, "causal": True},
@@ -111,7 +113,7 @@ def choose_samples(make: Make, size: str) -> dict[str, Sample]:
             "8,192 blocks": {"scores": make.normal(1, 1, 300, 8192), "topk": 512},
         }  # fmt: skip
     return {
-        "a number": {"scores": make.normal(2, 2, 19, 53), "topk": 5},
+        "a number": {"scores": make.normal(1, 3, 19, 53), "topk": 5},
         "not a number, infinities": {"scores": _spoiled(make), "topk": 5},
         "not a number, infinities, a mass": {"scores": _spoiled(make), "topp": 0.3},
         "not a number, infinities, forced": {
@@ -119,11 +121,11 @@ def choose_samples(make: Make, size: str) -> dict[str, Sample]:
         },
         "forced alone": {"scores": _spoiled(make), "topk": 0, "forced": _pattern(make, 2, 1, 1, 53, every=6)},
         "more than there are": {"scores": _spoiled(make), "topk": 60},
-        "none": {"scores": make.normal(2, 2, 7, 13), "topk": 0},
-        "all the mass": {"scores": make.normal(2, 2, 7, 53), "topp": 1.0},
-        "no mass": {"scores": make.normal(2, 2, 7, 53), "topp": 0.0},
-        "ties": {"scores": make.normal(2, 2, 7, 53).round(), "topk": 9},
-        "ties in the mass": {"scores": make.normal(2, 2, 7, 53).round(), "topp": 0.515},
+        "none": {"scores": make.normal(1, 1, 7, 13), "topk": 0},
+        "all the mass": {"scores": make.normal(1, 1, 7, 53), "topp": 1.0},
+        "no mass": {"scores": make.normal(1, 1, 7, 53), "topp": 0.0},
+        "ties": {"scores": make.normal(1, 1, 7, 53).round(), "topk": 9},
+        "ties in the mass": {"scores": make.normal(1, 1, 7, 53).round(), "topp": 0.515},
         "strided memory": {"scores": make.strided(1, 2, 7, 11), "topk": 0.5},
     }  # fmt: skip
 
@@ -236,7 +238,7 @@ _REFUSED_CHOICE: dict[str, Refusal] = {
     "a mass of more than all": ({"topp": 1.5}, ValueError, r"topp must lie in \[0, 1\], got 1.5"),
     "forced numbers": ({"forced": torch.ones(5, 14)}, TypeError, "forced must be a tensor of torch.bool, got torch.fl"),
     "forced of another shape": (
-        {"forced": torch.ones(3, 14, dtype=torch.bool)}, ValueError, r"forced must broadcast to \(2, "
+        {"forced": torch.ones(3, 14, dtype=torch.bool)}, ValueError, r"forced must broadcast to \("
     ),
     "forced on another device": (
         {"forced": torch.ones(1, 1, dtype=torch.bool, device="meta")}, ValueError, "forced must be on cpu"
