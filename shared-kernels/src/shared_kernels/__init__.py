@@ -2,6 +2,7 @@
 
 from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
+from shared_kernels.depth_attention import depth_attention
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
 from shared_kernels.local_attention import local_attention, neighborhood_attention
@@ -35,6 +36,7 @@ __all__ = [
     "channel_logits",
     "choose_blocks",
     "choose_tokens",
+    "depth_attention",
     "diverse_subset",
     "keep_tokens",
     "kept_indices",
