@@ -319,7 +319,7 @@ _ONE_TILE = {512: Tile(32, 16, 4, 1)}
 TILES: TileTable = {
     "interpreter": {"forward": _ONE_TILE, "dq": _ONE_TILE, "dkv": {512: Tile(16, 32, 4, 1)}},
     "sm_80": {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV},
-    "sm_89": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | _SMALL},
+    "sm_89": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
     "sm_90": {
         "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
         "dq": _DQ | {128: Tile(128, 64, 8, 2)},
@@ -330,9 +330,9 @@ TILES: TileTable = {
         "dq": _DQ | {128: Tile(128, 64, 8, 2)},
         "dkv": _DKV | {64: Tile(64, 64, 4, 2)},
     },
-    "sm_120": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | _SMALL},
+    "sm_120": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
     "gfx942": {
-        "forward": _FORWARD | {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 1)},
+        "forward": _FORWARD | {128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
         "dq": _DQ | _SMALL | {128: Tile(64, 32, 4, 1)},
         "dkv": _DKV | _SMALL | {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 1)},
     },
