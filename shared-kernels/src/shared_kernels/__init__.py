@@ -23,6 +23,7 @@ from shared_kernels.tokens import (
     select_tokens,
     unpack_tokens,
 )
+from shared_kernels.weighted_cross_entropy import weighted_cross_entropy
 from shared_kernels.zones import zonal_histogram
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "stencil_blend",
     "transpose_lists",
     "unpack_tokens",
+    "weighted_cross_entropy",
     "zonal_histogram",
 ]

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared_kernels._tiles import no_float64
+
 _WIDEST = 8_192  # numbers of one token that a program holds a few times in registers
 _PARTIALS = 1_024  # rows of partial sums at most
 _TOKENS = 8  # that a program of the backward pass serves at least
@@ -181,9 +183,7 @@ def _contiguous(state_out: Tensor | None, state_lse: Tensor | None) -> tuple[Ten
 
 
 def _check(sources: list[Tensor]) -> None:
-    for source in sources:
-        if source.dtype == torch.float64:
-            raise TypeError("sources must be float16, bfloat16 or float32 on a GPU, got torch.float64")
+    no_float64(*sources)
     if sources[0].shape[1] > _WIDEST:
         raise ValueError(f"sources must be at most {_WIDEST} wide on a GPU, got {sources[0].shape[1]}")
 

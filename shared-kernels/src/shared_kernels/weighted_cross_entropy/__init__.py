@@ -1,0 +1,176 @@
+"""weighted_cross_entropy: hidden states x vocabulary to losses per token, without the logits in memory.
+
+Serves losses weighted per token (PRIOR: Chen et al., arXiv:2505.08971), losses per sample whose weights depend on the
+losses of the whole batch (Sow et al., "Dynamic Loss-Based Sample Reweighting", arXiv:2502.06733), and losses per
+document and token log-probabilities, forward only (AttentionInfluence, arXiv:2505.07293).
+
+Decided here: the registered op returns unweighted losses and keeps two numbers per token; weights and sums are
+elementwise torch around it, so that gradients are exact whatever is done with the losses. Backward computes the logits
+a second time. Taking gradients in the forward pass would spare that, but only where the factor of every token is known
+before; measured on a CPU, the second time costs less than what the dense form loses on memory.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from shared_kernels import _backend
+from shared_kernels.weighted_cross_entropy import reference
+
+NAME = "weighted_cross_entropy"
+Reduction = Literal["none", "sum", "mean", "segment_sum"]
+
+
+@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Losses (T,), and of every softmax the largest logit and the logarithm of the sum, (2, T) to base 2; 0 if ignored.
+
+    Kept apart, since a large log-sum-exp would round off what the probabilities of the backward pass need.
+    """
+    return _backend.implementation(NAME, hidden).forward(hidden, weight, bias, targets, ignore_index)
+
+
+@_forward.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(hidden.shape[0], dtype=acc), hidden.new_empty((2, hidden.shape[0]), dtype=acc)
+
+
+@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    d_losses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softmax: Tensor,
+    ignore_index: int,
+    hidden_too: bool,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, which are empty where they are not asked for or there is none."""
+    run = _backend.implementation(NAME, hidden).backward
+    return run(d_losses, hidden, weight, bias, targets, softmax, ignore_index, hidden_too, weight_too)
+
+
+@_backward.register_fake
+def _(_: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_too, weight_too = rest[-2:]
+    d_bias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    d_hidden = hidden.new_empty(hidden.shape if hidden_too else 0)
+    return d_hidden, weight.new_empty(weight.shape if weight_too else 0), d_bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.ignore_index = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate(ctx: Any, d_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_too, weight_too, bias_too, *_ = ctx.needs_input_grad
+    gradients = _backward(d_losses, *ctx.saved_tensors, ctx.ignore_index, hidden_too, weight_too)
+    asked = (hidden_too, weight_too, bias_too)
+    return *(d if wanted else None for d, wanted in zip(gradients, asked, strict=True)), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.shared_kernels.weighted_cross_entropy)
+def _flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.shared_kernels.weighted_cross_entropy_backward)
+def _backward_flops(_: torch.Size, hidden: torch.Size, weight: torch.Size, *rest: Any, **__: Any) -> int:
+    return (1 + rest[-2] + rest[-1]) * 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def weighted_cross_entropy(
+    hidden: Float[Tensor, "T D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "T"],
+    *,
+    token_weights: Float[Tensor, "T"] | None = None,
+    bias: Float[Tensor, "V"] | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "none",
+    segment_ids: Int[Tensor, "T"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Tensor, "*reduced"]:
+    """w_t * (logsumexp_v z_tv - z_t,target)  with logits  z = hidden @ weight.T + bias,  natural logarithm.
+
+    Tokens whose target is `ignore_index` count nothing, whatever they hold. `reduction` is "none" for losses (T,),
+    without weights the negative log-probabilities of the targets; "sum"; "mean" for the sum over the sum of weights
+    (NaN where no token counts); or "segment_sum" for one sum per segment (num_segments,), the segment of every token in
+    `segment_ids`. Losses are float32 at least, and logits are accumulated in that; autocast casts hidden and weight as
+    for a linear layer. Memory grows with tokens and with the vocabulary, not with their product. Differentiable once in
+    hidden, weight, bias and token_weights.
+
+    Raises TypeError on dtypes that do not fit, ValueError on shapes, mixed devices, or segments without their sum and
+    the reverse; on a CPU also on targets outside the vocabulary, whose loss is NaN on a GPU. On a GPU float64 raises
+    TypeError.
+    """
+    _check_arguments(hidden, weight, targets, token_weights, bias, reduction, segment_ids, num_segments)
+    if _backend.forced == "reference":
+        return reference.weighted_cross_entropy(
+            hidden, weight, targets, token_weights=token_weights, bias=bias, ignore_index=ignore_index,
+            reduction=reduction, segment_ids=segment_ids, num_segments=num_segments,
+        )  # fmt: skip
+    hidden, weight = _backend.autocast(hidden, weight)
+    losses, _ = _forward(hidden, weight, bias, targets, ignore_index)
+    counted = targets != ignore_index
+    weights = counted.to(losses.dtype)
+    if token_weights is not None:
+        weights = token_weights.to(losses.dtype).masked_fill(~counted, 0.0)
+        losses = weights * losses
+    if reduction == "none":
+        return losses
+    if segment_ids is not None:
+        return losses.new_zeros(num_segments or 0).index_add(0, segment_ids, losses)
+    return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
+
+
+def _check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    bias: Tensor | None,
+    reduction: str,
+    segment_ids: Tensor | None,
+    num_segments: int | None,
+) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    if (reduction == "segment_sum") != (segment_ids is not None) or (segment_ids is None) != (num_segments is None):
+        raise ValueError("segment_ids and num_segments go with reduction='segment_sum', and it with both")
+    floats = {"hidden": hidden, "weight": weight, "token_weights": token_weights, "bias": bias}
+    integers = {"targets": targets, "segment_ids": segment_ids}
+    for name, tensor in (floats | integers).items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name in floats and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+        if name in integers and tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (T, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    lengths = {"targets": hidden.shape[0], "token_weights": hidden.shape[0], "segment_ids": hidden.shape[0]}
+    for name, length in (lengths | {"bias": weight.shape[0]}).items():
+        tensor = (floats | integers)[name]
+        if tensor is not None and tensor.shape != (length,):
+            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
