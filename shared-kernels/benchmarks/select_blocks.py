@@ -3,8 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from shared_kernels import select_blocks
-from shared_kernels.sparse_attention import sparse_attention
+from shared_kernels import select_blocks, sparse_attention
 
 CLAIM = "Choosing a tenth of the blocks of 64 x 64 costs at most a tenth of sparse_attention over them."
 SWEEP = {"tokens": (512, 2_048, 8_192), "choice": ("topk", "topk, topp")}

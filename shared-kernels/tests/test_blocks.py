@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from shared_kernels import block_stats, choose_blocks, select_blocks
-from shared_kernels.sparse_attention import sparse_attention
+from shared_kernels import backend, block_stats, choose_blocks, select_blocks, sparse_attention
 from shared_kernels.testing import LargestTensor, Make
 
 
@@ -68,3 +67,14 @@ def test_under_autocast_scores_stay_wide(tokens):
         again = select_blocks(query, key, block_size=(8, 4), topk=0.3, topp=0.4)
     for mine, expected in zip(again, plain, strict=True):
         assert torch.equal(mine, expected)
+
+
+def test_what_kernels_do_not_take_is_refused():
+    pytest.importorskip("triton")
+    with backend("triton"):
+        with pytest.raises(TypeError, match="scores must be float16, bfloat16 or float32 on a GPU, got torch.float64"):
+            choose_blocks(torch.zeros(1, 1, 2, 3, dtype=torch.float64), topk=1)
+        with pytest.raises(ValueError, match="scores must have at most 8192 key blocks on a GPU, got 8193"):
+            choose_blocks(torch.zeros(1, 1, 2, 8193), topk=1)
+        with pytest.raises(TypeError, match="x must be float16, bfloat16 or float32 on a GPU, got torch.float64"):
+            block_stats(torch.zeros(1, 1, 2, 3, dtype=torch.float64), block_size=2)

@@ -98,8 +98,8 @@ def select_blocks(
 
     `causal` is aligned bottom-right, as in flash attention: query i sees keys up to i + Nk - Nq. A block is allowed if
     any of its queries sees any of its keys; what is not allowed is not chosen nor forced, and rows may have fewer than
-    `topk` blocks or none. Means are of whole blocks, so the choice of a partly visible block knows its later keys; who
-    minds forces the diagonal.
+    `topk` blocks or none. Means are of whole blocks: if block_k > block_q, whether a block on the diagonal is chosen
+    depends on keys behind the queries too, unless `forced` holds the diagonal anyway.
 
     Not differentiable. Raises TypeError on other dtypes, ValueError on shapes or devices that disagree or
     arguments out of range.
