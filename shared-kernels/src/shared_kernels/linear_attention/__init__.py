@@ -277,8 +277,8 @@ def linear_attention(
 
     The output is contiguous and of query's dtype, computed in float32 at least. Differentiable once in query, key,
     value and initial_state, also through the returned state. Heads of fewer keys are repeated in memory: H must be a
-    multiple of Hkv. On GPUs D and E are at most 512. To normalise causally, append a column of ones to value and divide
-    by what it gives. Two values over the same keys may be concatenated along E.
+    multiple of Hkv. To normalise causally, append a column of ones to value and divide by what it gives. Two values
+    over the same keys may be concatenated along E.
 
     Raises TypeError on tensors of other or mixed dtypes, ValueError on other shapes, mixed devices, eps <= 0, and
     arguments that do not go together.

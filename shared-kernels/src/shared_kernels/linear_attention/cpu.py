@@ -182,6 +182,16 @@ def _states(sums: Tensor, state: Tensor, powers: _Powers, heads: slice, *, backw
     return entered.view(-1, *shape)
 
 
+def _put(rows: Tensor, run: _Run, a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float = 1.0) -> None:
+    """Write a b + scale c d, (Z * R, C, width), to the run's rows; straight away where memory and dtype allow."""
+    target = run.view(rows)
+    direct = target.shape[0] == 1 and rows.dtype == a.dtype
+    part = torch.bmm(a, b, out=target[0]) if direct else torch.bmm(a, b)
+    part.baddbmm_(c, d, alpha=scale)
+    if not direct:
+        target.copy_(part.view_as(target))
+
+
 def _sweep(
     tile: _Tile, query: Tensor, key: Tensor, value: Tensor, state: Tensor, decay: _Decay, most: int, out: Tensor
 ) -> None:
@@ -193,9 +203,8 @@ def _sweep(
         Q, K, V = (run.of(t, acc) for t in (q, k, v))
         sums = torch.bmm(_weighted(K, powers.write, heads, run.chunks).mT, V)
         entered = _states(sums, state, powers, heads, backwards=False)
-        part = torch.bmm(_scores(Q, K, powers, heads), V)
-        part.baddbmm_(_weighted(Q, powers.read, heads, run.chunks), entered, alpha=decay.scale)
-        run.view(result).copy_(part.view_as(run.view(result)))
+        read = _weighted(Q, powers.read, heads, run.chunks)
+        _put(result, run, _scores(Q, K, powers, heads), V, read, entered, decay.scale)
 
 
 def _sweep_back(
@@ -216,10 +225,9 @@ def _sweep_back(
         Q, K, V, dO = (run.of(t, acc) for t in (q, k, v, do))
         sums = torch.bmm(_weighted(Q, powers.read, heads, run.chunks).mT, dO).mul_(scale)
         left = _states(sums, d_state, powers, heads, backwards=True)
-        for result, ours, other, pairs, flow in ((dk, Q, V, (dO, V), left.mT), (dv, dO, K, (Q, K), left)):
-            part = torch.bmm(_scores(*pairs, powers, heads).mT, ours)
-            part.baddbmm_(_weighted(other, powers.write, heads, run.chunks), flow)
-            run.view(result).copy_(part.view_as(run.view(result)))
+        for result, row, other, column, flow in ((dk, dO, V, Q, left.mT), (dv, Q, K, dO, left)):
+            written = _weighted(other, powers.write, heads, run.chunks)
+            _put(result, run, _scores(row, other, powers, heads).mT, column, written, flow)
 
 
 def _plan(size: int, numbers: int) -> tuple[Callable[[int], int], int]:

@@ -26,7 +26,6 @@ from torch import Tensor
 from shared_kernels._tiles import dot_precision, load_tile, store_tile, strided_rows, target, width
 
 _ENOUGH = 264  # programs that keep a GPU busy: two for each multiprocessor of the largest
-_WIDEST = 512
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -46,9 +45,10 @@ def linear_attention_kernel_sweep(
     query, key, value, log_decay, initial, bounds, out, final,
     H, N, D, E, per_batch, length, scale,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_is, stride_ih, stride_id, stride_ie, stride_ob, stride_oh, stride_on,
+    stride_is, stride_ih, stride_id, stride_ie, stride_ob, stride_oh, stride_on, stride_f,
     DECAY: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr, REVERSE: tl.constexpr,
-    WEIGHTED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ADD: tl.constexpr, WEIGHTED: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(E, BLOCK_E)
@@ -80,17 +80,20 @@ def linear_attention_kernel_sweep(
             read = tl.exp2(rate * (until if REVERSE else since).to(tl.float32)) * (1.0 if REVERSE else scale)
             part = tl.dot(Q, state.to(DOT), input_precision=PRECISION) * read[:, None]
             part += tl.dot(scores.to(DOT), V.to(DOT), input_precision=PRECISION)
-            store_tile(out + b * stride_ob + h * stride_oh, part, rows, e, stride_on, stop, E)
+            result = out + b * stride_ob + h * stride_oh
+            if ADD:
+                part += load_tile(result, rows, e, stride_on, stop, E)
+            store_tile(result, part, rows, e, stride_on, stop, E)
         if WEIGHTED:
             write = tl.exp2(rate * (since if REVERSE else until).to(tl.float32)) * (scale if REVERSE else 1.0)
             K = K * write[:, None]
         state = state * tl.exp2(rate * size.to(tl.float32))
-        if WEIGHTED and FINAL:
+        if WEIGHTED and EXACT:
             state += tl.dot(tl.trans(K), V, input_precision=WIDE)
         else:
             state += tl.dot(tl.trans(K.to(DOT)), V.to(DOT), input_precision=PRECISION)
     if FINAL:
-        at = final + (s * H + h) * D * E
+        at = final + (s * H + h) * stride_f
         tl.store(at + d[:, None] * E + e[None, :], state, mask=inside)
 
 
@@ -111,8 +114,8 @@ def linear_attention_kernel_scan(
         first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
     state = tl.zeros((BLOCK,), tl.float32)
     if INITIAL:
-        at = initial + sequence.to(tl.int64) * stride_is + h * stride_ih
-        state = tl.load(at + numbers, mask=inside, other=0.0).to(tl.float32)
+        begin = initial + sequence.to(tl.int64) * stride_is + h * stride_ih
+        state = tl.load(begin + numbers, mask=inside, other=0.0).to(tl.float32)
     rate = 0.0
     if DECAY:
         rate = tl.load(log_decay + head) * _LOG2E
@@ -132,7 +135,7 @@ def linear_attention_kernel_apply(
     H, N, D, E, per_batch, length, scale,
     stride_rb, stride_rh, stride_rn, stride_sb, stride_si, stride_sh, stride_sd, stride_se,
     stride_tb, stride_th, stride_lb, stride_lh, stride_pb, stride_pi, stride_ph, stride_ob, stride_oh, stride_on,
-    TIMES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PACKED: tl.constexpr,
+    ADD: tl.constexpr, TIMES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """scale * times * rows . state + left * right for the rows of one segment and a tile of E."""
@@ -159,7 +162,10 @@ def linear_attention_kernel_apply(
                 part += by[:, None] * plus[None, :]
             else:
                 part += plus[None, :]
-        store_tile(out + b * stride_ob + h * stride_oh, part, rows, e, stride_on, stop, E)
+        result = out + b * stride_ob + h * stride_oh
+        if ADD:
+            part += load_tile(result, rows, e, stride_on, stop, E)
+        store_tile(result, part, rows, e, stride_on, stop, E)
 
 
 @triton.jit
@@ -221,39 +227,68 @@ def _layout(tensor: Tensor, cu_seqlens: Tensor | None, length: int) -> _Layout:
     return _Layout(segments, 1, length, torch.stack([start, stop, own.int()], 1).contiguous(), firsts)
 
 
-def tiles(columns: int, where: str, *, wide: bool) -> dict[str, int]:
-    """CHUNK, BLOCK_E, warps and stages for so many columns of D, wide if products are float32."""
+def tiles(D: int, E: int, where: str, *, wide: bool, exact: bool) -> dict[str, int]:
+    """PIECE of D that a launch takes, CHUNK, BLOCK_E, warps and stages.
+
+    `wide` if products are of float32, `exact` if the states handed out have to be.
+    """
     if where == "interpreter":
-        return {"CHUNK": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 1}
-    D = width(columns)
-    chunk = 32 if wide or D > 128 else 64
-    block = 16 if D > 256 or (wide and D > 128) else 32
-    return {"CHUNK": chunk, "BLOCK_E": block, "num_warps": 8 if D > 256 else 4, "num_stages": 2 if D <= 128 else 1}
+        return {"PIECE": 32, "CHUNK": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 1}
+    if wide:
+        return {"PIECE": 64, "CHUNK": 32, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+    if D > 128:
+        return {"PIECE": 256, "CHUNK": 16, "BLOCK_E": 32, "num_warps": 8, "num_stages": 1}
+    odd = D % 16 > 0 or E % 16 > 0  # loads that cannot be vectorised take more registers
+    if odd or (exact and D > 64):
+        return {"PIECE": 128, "CHUNK": 32, "BLOCK_E": 32, "num_warps": 8, "num_stages": 2}
+    return {"PIECE": 128, "CHUNK": 64, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
 
 
-def _constants(*tensors: Tensor, columns: int) -> dict[str, object]:
-    """Tile sizes, and the dtype and precision of products; tensors of mixed dtypes are multiplied in float32."""
+class _Plan(NamedTuple):
+    """How kernels multiply tensors of these dtypes and widths."""
+
+    piece: int
+    tiles: int
+    """Of E."""
+    chunk: int
+    constants: dict[str, object]
+
+
+def _plan(*tensors: Tensor, D: int, E: int, exact: bool = False) -> _Plan:
+    """Tensors of mixed dtypes are multiplied in float32."""
     dtype = torch.float32
     if tensors[0].device.type != "cpu" and all(t.dtype == tensors[0].dtype for t in tensors):
         dtype = tensors[0].dtype  # the interpreter would truncate where a GPU rounds
-    dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-    sizes = tiles(columns, target(tensors[0]), wide=dtype == torch.float32)
-    precision = dot_precision(torch.empty(0, dtype=dtype, device=tensors[0].device))
-    return {"DOT": dot, "PRECISION": precision, "BLOCK_D": width(columns), "enable_fp_fusion": True, **sizes}
+    sizes = tiles(D, E, target(tensors[0]), wide=dtype == torch.float32, exact=exact)
+    constants: dict[str, object] = {
+        "DOT": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+        "PRECISION": dot_precision(torch.empty(0, dtype=dtype, device=tensors[0].device)),
+        "BLOCK_D": width(min(D, sizes["PIECE"])),
+        "enable_fp_fusion": True,
+    }
+    piece = sizes.pop("PIECE")
+    return _Plan(piece, triton.cdiv(E, sizes["BLOCK_E"]), sizes["CHUNK"], constants | sizes)
 
 
-def _check(query: Tensor, value: Tensor) -> None:
+def _pieces(D: int, piece: int) -> list[slice]:
+    return [slice(start, min(start + piece, D)) for start in range(0, D, piece)]
+
+
+def _accumulator(out: Tensor, pieces: int) -> Tensor:
+    """What pieces add to: the output if that rounds nothing."""
+    return out if pieces == 1 or out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
+
+
+def _check(query: Tensor) -> None:
     if query.dtype == torch.float64:
         raise TypeError("linear_attention on a GPU takes float16, bfloat16 and float32, got float64")
-    if max(query.shape[-1], value.shape[-1]) > _WIDEST:
-        raise ValueError(
-            f"linear_attention on a GPU takes heads of at most {_WIDEST} columns, "
-            f"got {query.shape[-1]} of query and {value.shape[-1]} of value"
-        )
 
 
 class _Sweep:
-    """One causal pass over tensors of one shape; `scale` multiplies the output, or going back what the state gains."""
+    """One causal pass over tensors of one shape; `scale` multiplies the output, or going back what the state gains.
+
+    Scores and states are sums over D and rows of it, so a wide D is taken in pieces that add to the same output.
+    """
 
     def __init__(
         self,
@@ -263,42 +298,49 @@ class _Sweep:
         scale: float,
         *,
         reverse: bool,
+        exact: bool,
     ) -> None:
         self.query, self.key, self.value = (strided_rows(t) for t in tokens)
         self.log_decay, self.cu_seqlens, self.scale, self.reverse = log_decay, cu_seqlens, scale, reverse
         self.H, self.N, self.D, self.E = *self.key.shape[1:], self.value.shape[3]
         self.sequences = self.key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.constants = _constants(*tokens, columns=self.D)
-        wide = torch.empty(0, device=self.key.device)
-        self.constants |= {"DECAY": log_decay is not None, "REVERSE": reverse, "WIDE": dot_precision(wide)}
-        self.constants["WEIGHTED"] = log_decay is not None or (reverse and scale != 1)
+        weighted = log_decay is not None or (reverse and scale != 1)
+        self.exact = exact
+        self.plan = _plan(*tokens, D=self.D, E=self.E, exact=exact and weighted)
+        wide = dot_precision(torch.empty(0, device=self.key.device))
+        self.plan.constants.update(
+            DECAY=log_decay is not None, REVERSE=reverse, WEIGHTED=weighted, EXACT=exact, WIDE=wide
+        )
 
     def state(self, segments: int) -> Tensor:
         return self.key.new_empty((segments, self.H, self.D, self.E), dtype=torch.float32)
 
-    def _tiles(self) -> int:
-        return triton.cdiv(self.E, self.constants["BLOCK_E"])
-
     def length(self) -> int:
         """Tokens of a segment: all, or fewer if sequences and heads make too few programs."""
-        programs = max(1, self.sequences * self.H * self._tiles())
-        enough = 3 if target(self.key) == "interpreter" else _ENOUGH
-        chunk = int(self.constants["CHUNK"])  # type: ignore[call-overload]
-        pieces = min(triton.cdiv(enough, programs), triton.cdiv(self.N, 4 * chunk if enough == _ENOUGH else chunk))
-        return max(1, triton.cdiv(triton.cdiv(self.N, chunk), max(1, pieces))) * chunk if pieces > 1 else max(1, self.N)
+        interpreted = target(self.key) == "interpreter"
+        enough, least = (3, 1) if interpreted else (_ENOUGH, 4)
+        chunks = triton.cdiv(self.N, self.plan.chunk)
+        programs = max(1, self.sequences * self.H * self.plan.tiles)
+        segments = max(1, min(triton.cdiv(enough, programs), triton.cdiv(chunks, least)))
+        return max(1, triton.cdiv(chunks, segments)) * self.plan.chunk
 
     def over(self, layout: _Layout, initial: Tensor | None, out: Tensor | None, final: Tensor | None) -> None:
         """Launch over all segments; `final` (segments, H, D, E) contiguous, initial of the same shape."""
-        none = self.key
-        state, result = (none if t is None else t for t in (initial, out))
-        linear_attention_kernel_sweep[(layout.segments * self.H * self._tiles(),)](
-            self.query, self.key, self.value, self.log_decay, state, layout.bounds, result, final,
-            self.H, self.N, self.D, self.E, layout.per_batch, layout.length, self.scale,
-            *self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3],
-            *state.stride(), *result.stride()[:3],
-            INITIAL=initial is not None, OUTPUT=out is not None, FINAL=final is not None,
-            PACKED=layout.bounds is not None, **self.constants,
-        )  # fmt: skip
+        pieces = _pieces(self.D, self.plan.piece)
+        result = self.key if out is None else _accumulator(out, len(pieces))
+        begin, end = (self.key if t is None else t for t in (initial, final))
+        for piece in pieces:
+            q, k = self.query[..., piece], self.key[..., piece]
+            linear_attention_kernel_sweep[(layout.segments * self.H * self.plan.tiles,)](
+                q, k, self.value, self.log_decay, begin[:, :, piece], layout.bounds, result, end[:, :, piece],
+                self.H, self.N, k.shape[3], self.E, layout.per_batch, layout.length, self.scale,
+                *q.stride()[:3], *k.stride()[:3], *self.value.stride()[:3],
+                *begin.stride(), *result.stride()[:3], self.D * self.E,
+                INITIAL=initial is not None, OUTPUT=out is not None, FINAL=final is not None, ADD=piece.start > 0,
+                PACKED=layout.bounds is not None, **self.plan.constants,
+            )  # fmt: skip
+        if out is not None and result is not out:
+            out.copy_(result)
 
     def scan(self, layout: _Layout, sums: Tensor, initial: Tensor | None, entering: Tensor | None) -> Tensor:
         """The state after every sequence; `entering` gets those before every segment."""
@@ -312,12 +354,12 @@ class _Sweep:
         )  # fmt: skip
         return final
 
-    def run(self, initial: Tensor | None, out: Tensor | None, *, final_wanted: bool) -> Tensor:
-        """Fill `out`; returns the state after every sequence, which holds nothing unless it is wanted."""
+    def run(self, initial: Tensor | None, out: Tensor | None) -> Tensor:
+        """Fill `out`; returns the state after every sequence, which holds nothing unless it was to be exact."""
         layout = _layout(self.key, self.cu_seqlens, self.length())
         if layout.segments == self.sequences:
             final = self.state(self.sequences)
-            self.over(layout, initial, out, final if final_wanted else None)
+            self.over(layout, initial, out, final if self.exact else None)
             return final
         sums = self.state(layout.segments)
         self.over(layout, None, None, sums)
@@ -352,12 +394,12 @@ def forward(
     scale: float,
     state_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, value)
+    _check(query)
     (out,) = _outputs(cu_seqlens, value)
     if query.numel() == 0 or value.numel() == 0:
         return out.zero_(), _start(initial_state, query, value, cu_seqlens)
-    sweep = _Sweep((query, key, value), log_decay, cu_seqlens, scale, reverse=False)
-    return out, sweep.run(initial_state, out, final_wanted=state_wanted)
+    sweep = _Sweep((query, key, value), log_decay, cu_seqlens, scale, reverse=False, exact=state_wanted)
+    return out, sweep.run(initial_state, out)
 
 
 def backward(
@@ -377,15 +419,15 @@ def backward(
         return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_initial
     rest = (log_decay, cu_seqlens, scale)
     turned, d_turned = (None if t is None else t.mT for t in (initial_state, d_state))
-    _Sweep((d_out, value, key), *rest, reverse=False).run(turned, d_query, final_wanted=False)
-    _Sweep((value, d_out, query), *rest, reverse=True).run(d_turned, d_key, final_wanted=False)
-    last = _Sweep((key, query, d_out), *rest, reverse=True)
-    return d_query, d_key, d_value, last.run(d_state, d_value, final_wanted=initial_state is not None)
+    _Sweep((d_out, value, key), *rest, reverse=False, exact=False).run(turned, d_query)
+    _Sweep((value, d_out, query), *rest, reverse=True, exact=False).run(d_turned, d_key)
+    last = _Sweep((key, query, d_out), *rest, reverse=True, exact=initial_state is not None)
+    return d_query, d_key, d_value, last.run(d_state, d_value)
 
 
 def _block_sums(key: Tensor, value: Tensor, block: int) -> Tensor:
     """key^T value of every block of tokens: (B, H, blocks, D, E), float32."""
-    sweep, layout = _Sweep((key, key, value), None, None, 1.0, reverse=False), _layout(key, None, block)
+    sweep, layout = _Sweep((key, key, value), None, None, 1.0, reverse=False, exact=True), _layout(key, None, block)
     sums = sweep.state(layout.segments)
     sweep.over(layout, None, None, sums)
     return sums.unflatten(0, (key.shape[0], layout.per_batch)).transpose(1, 2)
@@ -413,9 +455,7 @@ class _Sets:
     def _total(self, key: Tensor, value: Tensor, initial: Tensor | None) -> Tensor:
         if key.numel() == 0:
             return _start(initial, key, value, self.cu_seqlens)
-        return _Sweep((key, key, value), None, self.cu_seqlens, 1.0, reverse=False).run(
-            initial, None, final_wanted=True
-        )
+        return _Sweep((key, key, value), None, self.cu_seqlens, 1.0, reverse=False, exact=True).run(initial, None)
 
     def _summed(self, mask: Tensor, sums: Tensor) -> Tensor:
         return torch.matmul(mask, sums.flatten(3)).unflatten(3, sums.shape[3:])
@@ -435,21 +475,25 @@ class _Sets:
         if out.numel() == 0:
             return
         rows, (D, E) = strided_rows(rows), states.shape[-2:]
-        constants = _constants(rows, columns=D)
-        block = (self.block_k if of_keys else self.block_q) if self.mask is not None else 8 * int(constants["CHUNK"])  # type: ignore[call-overload]
-        layout = _layout(rows, self.cu_seqlens, block)
-        left, right = plus or (None, None)
+        plan = _plan(rows, D=D, E=E)
+        block = 8 * plan.chunk if self.mask is None else self.block_k if of_keys else self.block_q
+        layout, (left, right) = _layout(rows, self.cu_seqlens, block), plus or (None, None)
         one = rows.new_empty((1, 1, 1))
-        columns = [one if t is None else t for t in (times, left)]
-        row = one if right is None else right
-        linear_attention_kernel_apply[(layout.segments * rows.shape[1] * triton.cdiv(E, int(constants["BLOCK_E"])),)](  # type: ignore[call-overload]
-            rows, states, columns[0], columns[1], row, layout.bounds, out,
-            rows.shape[1], rows.shape[2], D, E, layout.per_batch, layout.length, scale,
-            *rows.stride()[:3], *self._strides(states), *states.stride()[-2:],
-            *columns[0].stride()[:2], *columns[1].stride()[:2], *self._strides(row), *out.stride()[:3],
-            TIMES=times is not None, LEFT=left is not None, RIGHT=right is not None, PACKED=layout.bounds is not None,
-            **constants,
-        )  # fmt: skip
+        column, weight, row = (one if t is None else t for t in (times, left, right))
+        pieces = _pieces(D, plan.piece)
+        result = _accumulator(out, len(pieces))
+        for piece in pieces:
+            some, own = rows[..., piece], states[..., piece, :]
+            linear_attention_kernel_apply[(layout.segments * rows.shape[1] * plan.tiles,)](
+                some, own, column, weight, row, layout.bounds, result,
+                rows.shape[1], rows.shape[2], some.shape[3], E, layout.per_batch, layout.length, scale,
+                *some.stride()[:3], *self._strides(own), *own.stride()[-2:],
+                *column.stride()[:2], *weight.stride()[:2], *self._strides(row), *result.stride()[:3],
+                ADD=piece.start > 0, TIMES=times is not None, LEFT=left is not None,
+                RIGHT=right is not None and piece.start == 0, PACKED=layout.bounds is not None, **plan.constants,
+            )  # fmt: skip
+        if result is not out:
+            out.copy_(result)
 
     def _strides(self, states: Tensor) -> tuple[int, int, int]:
         """Of batch, block or packed sequence, and head."""
@@ -473,7 +517,7 @@ def full(
     eps: float,
     state_wanted: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query, value)
+    _check(query)
     (out,) = _outputs(cu_seqlens, query.new_empty(()).expand(*query.shape[:3], value.shape[3]))
     sets = _Sets(block_mask, block_q, block_k, cu_seqlens)
     states = sets.seen(key, value, initial_state)
