@@ -2,12 +2,13 @@
 
 from shared_kernels._backend import backend
 from shared_kernels.block_stats import BlockStats, block_stats
-from shared_kernels.depth_attention import depth_attention
 from shared_kernels.correlation import correlation
+from shared_kernels.depth_attention import depth_attention
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
 from shared_kernels.linear_attention import linear_attention, linear_attention_step
 from shared_kernels.local_attention import local_attention, neighborhood_attention
+from shared_kernels.local_correlation import local_correlation
 from shared_kernels.local_mix import local_mix
 from shared_kernels.select_blocks import BlockLists, choose_blocks, select_blocks
 from shared_kernels.sparse_attention import TransposedLists, sparse_attention, transpose_lists
@@ -40,14 +41,15 @@ __all__ = [
     "channel_logits",
     "choose_blocks",
     "choose_tokens",
-    "depth_attention",
     "correlation",
+    "depth_attention",
     "diverse_subset",
     "keep_tokens",
     "kept_indices",
     "linear_attention",
     "linear_attention_step",
     "local_attention",
+    "local_correlation",
     "local_mix",
     "merge_states",
     "merge_tokens",

@@ -166,13 +166,17 @@ def local_attention(
             query, key, value, block=block, halo=halo, stride=stride, row_table=row_table, column_table=column_table,
             position_stride=step, border=border, scale=scale, return_lse=return_lse,
         )  # fmt: skip
-    logits = (None, None) if row_table is None else _by_position(query, row_table, column_table)
+    logits = _by_position(query, row_table, column_table)
     out, lse = _forward(query, key, value, *logits, block, halo, stride, step, border == "mask", scale)
     return (out, lse) if return_lse else out
 
 
-def _by_position(query: Tensor, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor]:
+def _by_position(
+    query: Tensor, row_table: Tensor | None, column_table: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Query times both tables, (B, H, Rq, Cq, P) each, in one product that takes query as it lies in memory."""
+    if row_table is None or column_table is None:
+        return None, None
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         tables = torch.cat([row_table, column_table]).to(wide)

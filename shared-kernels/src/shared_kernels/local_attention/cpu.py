@@ -64,7 +64,7 @@ class _Blocks:
         return t.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
     def at_window(self, relative: Tensor, axis: int, step: int) -> Tensor:
-        """`of_queries` of logits by relative position (.., 2w - 1), as a view of those by position in the window (.., w).
+        """`of_queries` of logits by relative position (.., 2w - 1), as a view by position in the window (.., w).
 
         Query i of a block meets window position a at relative position a - step * i + w - 1, so a step in i is a step
         back.
@@ -167,7 +167,7 @@ class _Chunks:
             [slice(i, min(i + size, n)) for i in range(0, n, size)]
             for n, size in zip(self.query.shape[:3], self.sizes, strict=True)
         ]
-        yield from itertools.product(*steps)  # type: ignore[misc]
+        yield from itertools.product(*steps)
 
     def workspace(self, name: str, Z: int, *shape: int) -> Tensor:
         if name not in self.workspaces:
@@ -301,9 +301,7 @@ def backward(
                 terms[at] = torch.mm(d_scores.view(-1, chunks.N), units).view(terms[at].shape)
     d_query, *d_logits = (t[:, :, : query.shape[2], : query.shape[3]] for t in (d_query, *d_logits))
     d_key, d_value = (blocks.inside(t) for t in d_maps)
-    return (
-        (d_query * scale).to(query.dtype).contiguous(),
-        (d_key * _LN2).to(key.dtype).contiguous(),  # queries came multiplied by scale and log2(e)
-        d_value.to(value.dtype).contiguous(),
-        *(t.contiguous() for t in d_logits or (lse.new_empty(0), lse.new_empty(0))),
-    )
+    d_rows, d_columns = (t.contiguous() for t in d_logits or (lse.new_empty(0), lse.new_empty(0)))
+    d_query = (d_query * scale).to(query.dtype).contiguous()
+    d_key = (d_key * _LN2).to(key.dtype).contiguous()  # queries came multiplied by scale and log2(e)
+    return d_query, d_key, d_value.to(value.dtype).contiguous(), d_rows, d_columns

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared_kernels.local_attention import local_attention, neighborhood_attention, reference
-from shared_kernels.testing import Make, OpSpec, Sample
+from shared_kernels.testing import Make, OpSpec, Refusal, Sample
 
 Op = Callable[..., Any]
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -115,8 +115,8 @@ def agrees_with_pixels_one_by_one(op: Op, make: Make) -> Pairs:
 
 def one_block_is_all_of_the_map(op: Op, make: Make) -> Pairs:
     s = _maps(make, 5, 7, heads=4, kv_heads=2, D=6, E=3)
-    flat = [s[name].flatten(2, 3) for name in ("query", "key", "value")]
-    expected = F.scaled_dot_product_attention(*flat, enable_gqa=True).unflatten(2, (5, 7))
+    query, key, value = (s[name].flatten(2, 3) for name in ("query", "key", "value"))
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True).unflatten(2, (5, 7))
     yield op(**s, block=9), expected
     yield op(**s, block=2, halo=7, border="mask"), expected
 
@@ -151,13 +151,11 @@ def launches(sample: Sample) -> None:
     query, key, value = (sample[name] for name in ("query", "key", "value"))
     block, halo, stride = (sample.get(name, default) for name, default in (("block", 1), ("halo", 0), ("stride", 1)))
     wide = partial(query.new_empty, dtype=torch.float32)
-    logits = [None, None]
-    if "row_table" in sample:
-        logits = [wide(*query.shape[:4], 2 * (block + 2 * halo) - 1) for _ in "rc"]
+    logits = wide(*query.shape[:4], 2 * (block + 2 * halo) - 1) if "row_table" in sample else None
     rest = (block, halo, stride, stride, sample.get("border") == "mask", 0.25)
-    triton.forward(query, key, value, *logits, *rest)
-    lse = wide(query.shape[:4])
-    triton.backward(query.new_empty(*query.shape[:4], value.shape[4]), lse, query, key, value, *logits, lse, *rest)
+    triton.forward(query, key, value, logits, logits, *rest)
+    lse, d_out = wide(query.shape[:4]), query.new_empty(*query.shape[:4], value.shape[4])
+    triton.backward(d_out, lse, query, key, value, logits, logits, lse, *rest)
 
 
 def cost(sample: Sample) -> tuple[int, int]:
@@ -178,7 +176,7 @@ def largest(sample: Sample) -> int:
     return max(B * H * rows * columns * max(D, E), B * G * rows * columns * max(E, 2 * w, D), row, 1 << 19)
 
 
-SHAPES = {
+SHAPES: dict[str, Refusal] = {
     "key of another width": (
         {"key": torch.ones(1, 2, 8, 5, 3)},
         ValueError,
@@ -314,14 +312,16 @@ def neighbours_one_by_one(op: Op, make: Make) -> Pairs:
 
 def all_of_the_map_is_sdpa(op: Op, make: Make) -> Pairs:
     s = _maps(make, 5, 5, heads=4, kv_heads=2, D=6, E=3)
-    flat = [s[name].flatten(2, 3) for name in ("query", "key", "value")]
-    yield op(**s, kernel_size=5), F.scaled_dot_product_attention(*flat, enable_gqa=True).unflatten(2, (5, 5))
+    query, key, value = (s[name].flatten(2, 3) for name in ("query", "key", "value"))
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True).unflatten(2, (5, 5))
+    yield op(**s, kernel_size=5), expected
 
 
 def inside_it_is_a_block_of_one_pixel_with_a_halo(op: Op, make: Make) -> Pairs:
     s = _maps(make, 9, 8, D=4)
     inside = (..., slice(2, -2), slice(2, -2), slice(None))
-    yield op(**s, kernel_size=5)[inside], local_attention(**s, block=1, halo=2)[inside]
+    halo: Any = local_attention(**s, block=1, halo=2)
+    yield op(**s, kernel_size=5)[inside], halo[inside]
 
 
 def neighborhood_launches(sample: Sample) -> None:

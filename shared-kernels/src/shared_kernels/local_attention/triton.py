@@ -364,15 +364,11 @@ def _differentiate(
     """The gradient of a bias table is returned per query and key, (B, H, tokens, k * k)."""
     no_float64(query)
     (B, H, *_), Hkv, w, k_size = query.shape, key.shape[1], cut.constants["WINDOW"], cut.constants["K"]
-    wide = {"dtype": torch.float32, "device": query.device}
     per_query = k_size**2 if second is None else 2 * w - 1
-    d_first, d_second = (
-        torch.zeros(0 if t is None else (B, H, query.shape[2] * query.shape[3], per_query), **wide)
-        for t in (first, second)
-    )
-    result = _Gradients(
-        *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)), d_first, d_second
-    )
+    shape = B, H, query.shape[2] * query.shape[3], per_query
+    d_first, d_second = (query.new_zeros((0,) if t is None else shape, dtype=torch.float32) for t in (first, second))
+    d_query, d_key, d_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    result = _Gradients(d_query, d_key, d_value, d_first, d_second)
     if d_out.numel() == 0:
         return result
     q, k, v, d_o = (_tokens(t) for t in (query, key, value, d_out))
