@@ -1,11 +1,13 @@
 """Attention and token operations; see README.md."""
 
 from shared_kernels._backend import backend
+from shared_kernels.attention_received import attention_argmax, attention_given, attention_received
 from shared_kernels.block_stats import BlockStats, block_stats
 from shared_kernels.correlation import correlation
 from shared_kernels.depth_attention import depth_attention
 from shared_kernels.diverse_subset import diverse_subset
 from shared_kernels.gates import apply_channel_gate, channel_gate, channel_logits
+from shared_kernels.l1_attention import l1_attention
 from shared_kernels.linear_attention import linear_attention, linear_attention_step
 from shared_kernels.local_attention import local_attention, neighborhood_attention
 from shared_kernels.local_correlation import local_correlation
@@ -31,6 +33,9 @@ from shared_kernels.weighted_cross_entropy import weighted_cross_entropy
 from shared_kernels.zones import zonal_histogram
 
 __all__ = [
+    "attention_argmax",
+    "attention_given",
+    "attention_received",
     "BlockLists",
     "BlockStats",
     "TransposedLists",
@@ -46,6 +51,7 @@ __all__ = [
     "diverse_subset",
     "keep_tokens",
     "kept_indices",
+    "l1_attention",
     "linear_attention",
     "linear_attention_step",
     "local_attention",
