@@ -33,13 +33,13 @@ from shared_kernels.weighted_cross_entropy import weighted_cross_entropy
 from shared_kernels.zones import zonal_histogram
 
 __all__ = [
-    "attention_argmax",
-    "attention_given",
-    "attention_received",
     "BlockLists",
     "BlockStats",
     "TransposedLists",
     "apply_channel_gate",
+    "attention_argmax",
+    "attention_given",
+    "attention_received",
     "backend",
     "block_stats",
     "channel_gate",
