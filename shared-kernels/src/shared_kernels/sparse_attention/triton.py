@@ -314,29 +314,38 @@ _FORWARD = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 64, 
 _DQ = {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(32, 32, 4, 1)}
 _DKV = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(16, 32, 4, 1)}
 _SMALL = {256: Tile(32, 32, 4, 1)}
-_ONE_TILE = {512: Tile(32, 16, 4, 1)}
+_FLOAT32 = {  # three products take the place of one, with operands in registers
+    "forward, float32": {128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1), 512: Tile(16, 16, 8, 1)},
+    "dq, float32": {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1), 512: Tile(16, 16, 8, 1)},
+    "dkv, float32": {128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+}
+_INTERPRETED = {"forward": Tile(32, 16, 4, 1), "dq": Tile(32, 16, 4, 1), "dkv": Tile(16, 32, 4, 1)}
 
 TILES: TileTable = {
-    "interpreter": {"forward": _ONE_TILE, "dq": _ONE_TILE, "dkv": {512: Tile(16, 32, 4, 1)}},
-    "sm_80": {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV},
-    "sm_89": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
-    "sm_90": {
+    "interpreter": {f"{name}{end}": {512: t} for name, t in _INTERPRETED.items() for end in ("", ", float32")},
+    "sm_80": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV},
+    "sm_89": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
+    "sm_90": _FLOAT32
+    | {
         "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
         "dq": _DQ | {128: Tile(128, 64, 8, 2)},
         "dkv": _DKV | {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
     },
-    "sm_100": {
+    "sm_100": _FLOAT32
+    | {
         "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
-        "dq": _DQ | {128: Tile(128, 64, 8, 2)},
-        "dkv": _DKV | {64: Tile(64, 64, 4, 2)},
+        "dq": _DQ,
+        "dkv": _DKV | {256: Tile(32, 32, 8, 1)},
     },
-    "sm_120": {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
-    "gfx942": {
+    "sm_120": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
+    "gfx942": _FLOAT32
+    | {
         "forward": _FORWARD | {128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
         "dq": _DQ | _SMALL | {128: Tile(64, 32, 4, 1)},
         "dkv": _DKV | _SMALL | {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 1)},
     },
 }
+
 _EMPTY_ROWS = 200
 """Query rows per block, times how many empty keys of a tile come on each one that is not, from which on a workspace is
 cheaper; estimated from the FLOPs and the bandwidth of an H100."""
@@ -374,7 +383,8 @@ class _Call:
 
     def tile(self, kernel: str, *, rows: int, keys: int) -> dict[str, Any]:
         """The row of the tile table, cut down to so many rows and keys, as constants of a launch."""
-        tile = table_tile(TILES, kernel, self._query, self._columns)
+        name = f"{kernel}, float32" if self._query.dtype == torch.float32 else kernel
+        tile = table_tile(TILES, name, self._query, self._columns)
         block_m, block_n = min(tile.rows, width(rows)), min(tile.keys, width(keys))
         warps = min(4, tile.warps) if block_m < min(tile.rows, 64) else tile.warps
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": tile.stages}
