@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 1 << 18  # scores in a tile, per thread
-_FEWEST_ROWS = 16  # of a tile; query blocks are cut down to it if key blocks are large
+TILE = 1 << 18  # scores in a tile, per thread; half as many again at most
+FEWEST_ROWS = 16  # of a tile; query blocks are cut down to it if key blocks are large
 _WIDE = 1024  # numbers in a block from which on adding blocks one by one is faster than sorting them
 _LOG2E = math.log2(math.e)
 
@@ -23,7 +23,7 @@ _LOG2E = math.log2(math.e)
 class _Chunk(NamedTuple):
     """Items that are computed together."""
 
-    items: Tensor | slice
+    items: slice
     length: int
     """Entries of the longest list."""
     clear: int
@@ -31,7 +31,7 @@ class _Chunk(NamedTuple):
 
 
 class _Items:
-    """What the lists say, item by item. R is the rows of an item: a query block's of all heads that share it."""
+    """What the lists say, item by item, longest first. R is the rows of an item: of a query block, in all its heads."""
 
     def __init__(
         self, query: Tensor, key: Tensor, indices: Tensor, counts: Tensor, causal: bool, block_q: int, block_k: int
@@ -42,67 +42,65 @@ class _Items:
         self.block_q, self.block_k = block_q, block_k
         self.nq, self.nk = indices.shape[2], -(-self.Nk // block_k)
         self.R = self.group * block_q
-        self.rows = min(self.R, max(_FEWEST_ROWS, _tile() // block_k))  # of a tile
+        self.rows = min(self.R, max(FEWEST_ROWS, _tile() // block_k))  # of a tile
         share = self.heads // indices.shape[1]
-        lists = indices.repeat_interleave(share, 1).reshape(B * self.heads * self.nq, -1)
-        self.counts = counts.repeat_interleave(share, 1).reshape(-1)
-        heads = torch.arange(B * self.heads, dtype=torch.int32).repeat_interleave(self.nq)
-        self.first_block = (heads // (self.heads // Hkv) * self.nk)[:, None]
-        there = torch.arange(lists.shape[1], dtype=torch.int32) < self.counts[:, None]
-        if causal or self.nk * block_k > self.Nk:
-            lists = torch.where(there, lists, self.nk).sort(dim=1).values
-            there &= (lists + 1) * block_k <= self._visible(torch.arange(len(lists)), 0, 1)
-        self.clear = there.sum(1)
-        # what pads a list is its own first block: what no list names is never touched
-        slots = torch.arange(lists.shape[1], dtype=torch.int32)
-        self.lists = torch.where(slots < self.counts[:, None], lists, lists[:, :1])
+        counts = counts.repeat_interleave(share, 1).reshape(-1)
+        self.order = counts.sort(descending=True, stable=True).indices
+        self.in_order = torch.equal(self.order, torch.arange(len(counts)))
+        self.counts = counts[self.order]
+        lists = indices.repeat_interleave(share, 1).reshape(len(counts), -1)
+        self._take_lists(lists if self.in_order else lists[self.order])
+        kv_heads = self.order // self.nq // (self.heads // Hkv)
+        self.flat = self.lists + (kv_heads * self.nk).to(torch.int32)[:, None]  # counted through all heads
 
-    def _visible(self, items: Tensor, start: int, stop: int) -> Tensor:
-        """How many keys some rows of some items see at most, (items, rows or 1)."""
+    def _take_lists(self, lists: Tensor) -> None:
+        slots = torch.arange(lists.shape[1], dtype=torch.int32)
+        there = slots < self.counts[:, None]
+        clear = there
+        if self.causal or self.nk * self.block_k > self.Nk:
+            lists = torch.where(there, lists, self.nk).sort(dim=1).values
+            clear = there & ((lists + 1) * self.block_k <= self._visible(slice(None), slice(0, 1)))
+        self.clear = clear.sum(1)
+        # what pads a list is its own first block: what no list names is never touched
+        self.lists = torch.where(there, lists, lists[:, :1])
+
+    def _visible(self, items: slice, rows: slice) -> Tensor:
+        """How many keys some rows of some items see at most, (items, rows) or (1, 1)."""
         if not self.causal:
             return torch.full((1, 1), self.Nk)
-        rows = torch.arange(start, stop) % self.block_q
-        last = (items % self.nq)[:, None] * self.block_q + rows
+        offsets = torch.arange(rows.start, rows.stop) % self.block_q
+        last = (self.order[items] % self.nq)[:, None] * self.block_q + offsets
         return (last + 1 + self.Nk - self.Nq).clamp(max=self.Nk)
 
     def chunks(self) -> Iterator[_Chunk]:
-        """All items that have keys, longest lists first."""
-        order = self.counts.sort(descending=True, stable=True).indices
-        order = order[: int((self.counts > 0).sum())]
-        lengths, clears, numbers = self.counts[order].tolist(), self.clear[order].tolist(), order.tolist()
+        """All items that have keys."""
+        lengths, clears = self.counts[self.counts > 0].tolist(), self.clear.tolist()
         start = 0
-        while start < len(numbers):
-            many = _tile() // (self.rows * lengths[start] * self.block_k) if self.rows == self.R else 1
-            stop = min(len(numbers), start + max(1, many))
-            first, last = numbers[start], numbers[stop - 1]
-            in_order = numbers[start:stop] == list(range(first, last + 1))
-            items = slice(first, last + 1) if in_order else order[start:stop]
-            yield _Chunk(items, lengths[start], min(clears[start:stop]))
+        while start < len(lengths):
+            many = round(_tile() / (self.rows * lengths[start] * self.block_k)) if self.rows == self.R else 1
+            stop = min(len(lengths), start + max(1, many))
+            yield _Chunk(slice(start, stop), lengths[start], min(clears[start:stop]))
             start = stop
 
-    def pieces(self, length: int) -> Iterator[slice]:
-        """Lists in pieces whose scores fit a tile."""
-        step = max(1, _tile() // (self.rows * self.block_k))
-        return (slice(i, min(i + step, length)) for i in range(0, length, step))
+    def pieces(self, length: int) -> list[slice]:
+        """Lists in equal pieces whose scores fit a tile."""
+        pieces = max(1, round(length * self.rows * self.block_k / _tile()))
+        step = -(-length // pieces)
+        return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
-    def row_pieces(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.rows, self.R)) for i in range(0, self.R, self.rows))
-
-    def blocks(self, chunk: _Chunk, slots: slice) -> Tensor:
-        """The listed key blocks, counted through all heads."""
-        return self.lists[chunk.items, slots] + self.first_block[chunk.items]
+    def row_pieces(self) -> list[slice]:
+        return [slice(i, min(i + self.rows, self.R)) for i in range(0, self.R, self.rows)]
 
     def hide(self, scores: Tensor, chunk: _Chunk, slots: slice, rows: slice) -> None:
         """Set scores (items, rows, keys) of what is not there, or not to be seen, to -inf."""
-        slots = slice(max(chunk.clear, slots.start), slots.stop)
-        if slots.start >= slots.stop:
+        first = max(chunk.clear, slots.start)
+        if first >= slots.stop:
             return
-        blocks = self.lists[chunk.items, slots]
+        blocks = self.lists[chunk.items, first : slots.stop]
         keys = blocks[..., None] * self.block_k + torch.arange(self.block_k, dtype=torch.int32)
-        padding = torch.arange(slots.start, slots.stop) >= self.counts[chunk.items, None]
+        padding = torch.arange(first, slots.stop) >= self.counts[chunk.items, None]
         keys = torch.where(padding[..., None], self.Nk, keys).flatten(1)[:, None]
-        items = torch.arange(len(self.lists))[chunk.items]
-        hidden = keys >= self._visible(items, rows.start, rows.stop)[..., None]
+        hidden = keys >= self._visible(chunk.items, rows)[..., None]
         scores[..., -keys.shape[2] :].masked_fill_(hidden, -torch.inf)
 
     def split(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,11 +108,14 @@ class _Items:
         rest = tensor.shape[3:]
         padded = _padded(tensor, self.nq * self.block_q, dtype)
         parts = padded.view(self.batch, self.heads, self.group, self.nq, self.block_q, *rest)
-        return parts.transpose(2, 3).reshape(-1, self.R, *rest)
+        rows = parts.transpose(2, 3).reshape(-1, self.R, *rest)
+        return rows if self.in_order else rows[self.order]
 
     def join(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `split`."""
         rest = rows.shape[2:]
+        if not self.in_order:
+            rows = torch.empty_like(rows).index_copy_(0, self.order, rows)
         parts = rows.view(self.batch, self.heads, self.nq, self.group, self.block_q, *rest).transpose(2, 3)
         whole = parts.reshape(self.batch, self.heads * self.group, -1, *rest)
         return whole[:, :, : self.Nq].to(dtype).contiguous()
@@ -150,10 +151,10 @@ class _Workspace:
             flat = self._flat[name, dtype] = self._like.new_empty(size, dtype=dtype)
         return flat[:size].view(shape)
 
-    def gather(self, name: str, blocks: Tensor, chosen: Tensor, width: int) -> Tensor:
-        """The chosen blocks (items, slots) as rows (items, keys, width)."""
+    def gather(self, name: str, blocks: Tensor, chosen: Tensor, items: int, width: int) -> Tensor:
+        """The chosen blocks as rows (items, keys, width)."""
         out = self.get(name, chosen.numel(), blocks.shape[1], dtype=blocks.dtype)
-        return torch.index_select(blocks, 0, chosen.reshape(-1), out=out).view(len(chosen), -1, width)
+        return torch.index_select(blocks, 0, chosen, out=out).view(items, -1, width)
 
     def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b, out=self.get(name, a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype))
@@ -164,6 +165,14 @@ def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         return dtype
     return torch.promote_types(dtype, torch.float32)
+
+
+class _State(NamedTuple):
+    """A softmax over part of the keys, not divided by its sum yet; the maximum is that of scores to base 2."""
+
+    result: Tensor
+    top: Tensor
+    total: Tensor
 
 
 def forward(
@@ -179,29 +188,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     items = _Items(query, key, indices, counts, causal, block_q, block_k)
     wide = torch.promote_types(query.dtype, torch.float32)
-    queries, keys = items.split(query, wide), items.blocks_of(key, wide)
+    queries, keys = items.split(query, wide) * (scale * _LOG2E), items.blocks_of(key, wide)
     values = items.blocks_of(value, _weights_dtype(value.dtype))
     out = queries.new_zeros(*queries.shape[:2], value.shape[3])
+    tops, totals = queries.new_zeros(2, *queries.shape[:2], 1)
     work = _Workspace(queries)
-    tops, totals = queries.new_zeros(2, *queries.shape[:2])
     for chunk in items.chunks():
         for rows in items.row_pieces():
-            q = queries[chunk.items, rows] * (scale * _LOG2E)
-            result, top, total = _attend(items, work, chunk, rows, q, keys, values)
-            tops[chunk.items, rows], totals[chunk.items, rows] = top.squeeze(-1), total.squeeze(-1)
+            result, top, total = _attend(items, work, chunk, rows, queries[chunk.items, rows], keys, values)
+            tops[chunk.items, rows], totals[chunk.items, rows] = top, total
             if chunk.clear == 0:
                 total.masked_fill_(total == 0, 1.0)
-            out[chunk.items, rows] = result.div_(total)
-    lse = tops.add_(totals.log2_()).div_(_LOG2E)
-    return items.join(out, query.dtype), items.join(lse, wide)
-
-
-class _State(NamedTuple):
-    """A softmax over part of the keys, not divided by its sum yet; the maximum is that of scores to base 2."""
-
-    result: Tensor
-    top: Tensor
-    total: Tensor
+            torch.div(result, total, out=out[chunk.items, rows])
+    lse = (tops.double() + totals.double().log2()) / _LOG2E  # every weight of the backward pass has its error
+    return items.join(out, query.dtype), items.join(lse.squeeze(-1), wide)
 
 
 def _attend(
@@ -210,8 +210,8 @@ def _attend(
     """Some rows of some items over all their keys."""
     states: list[_State] = []
     for slots in items.pieces(chunk.length):
-        chosen = items.blocks(chunk, slots)
-        scores = work.bmm("scores", q, work.gather("keys", keys, chosen, q.shape[2]).mT)
+        chosen = items.flat[chunk.items, slots].reshape(-1)
+        scores = work.bmm("scores", q, work.gather("gathered", keys, chosen, len(q), q.shape[2]).mT)
         items.hide(scores, chunk, slots, rows)
         top = scores.amax(-1, keepdim=True)
         # rows that see none of these keys
@@ -219,8 +219,8 @@ def _attend(
         total = weights.sum(-1, keepdim=True)
         if values.dtype != weights.dtype:
             weights = work.get("weights", *weights.shape, dtype=values.dtype).copy_(weights)
-        chosen_values = work.gather("values", values, chosen, values.shape[1] // items.block_k)
-        state = _State(torch.bmm(weights, chosen_values).to(q.dtype), top, total)
+        v = work.gather("gathered", values, chosen, len(q), values.shape[1] // items.block_k)
+        state = _State(torch.bmm(weights, v).to(q.dtype), top, total)
         states = [_joined(states[0], state) if states else state]
     return states[0]
 
@@ -229,8 +229,7 @@ def _joined(a: _State, b: _State) -> _State:
     top = torch.maximum(a.top, b.top)
     safe = top.masked_fill(top == -torch.inf, 0.0)
     share_a, share_b = torch.exp2(a.top - safe), torch.exp2(b.top - safe)
-    result = (a.result * share_a).addcmul_(b.result, share_b)
-    return _State(result, top, a.total * share_a + b.total * share_b)
+    return _State(a.result * share_a + b.result * share_b, top, a.total * share_a + b.total * share_b)
 
 
 def backward(
@@ -250,39 +249,35 @@ def backward(
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     items = _Items(query, key, indices, counts, causal, block_q, block_k)
-    wide = lse.dtype
-    queries, d_outs = items.split(query, wide), items.split(d_out, wide)
-    lses, deltas = items.split(lse, wide)[..., None], items.split(delta, wide)[..., None]
-    keys, values = items.blocks_of(key, wide), items.blocks_of(value, wide)
+    queries, d_outs = items.split(query, lse.dtype) * (scale * _LOG2E), items.split(d_out, lse.dtype)
+    tops, deltas = items.split(lse.double() * _LOG2E, lse.dtype)[..., None], items.split(delta, lse.dtype)[..., None]
+    tops.masked_fill_(tops == -torch.inf, 0.0)  # rows that see no key
+    keys, values = items.blocks_of(key, lse.dtype), items.blocks_of(value, lse.dtype)
     d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     work = _Workspace(queries)
     for chunk in items.chunks():
         for rows in items.row_pieces():
-            q, top = queries[chunk.items, rows] * (scale * _LOG2E), lses[chunk.items, rows] * _LOG2E
-            top.masked_fill_(top == -torch.inf, 0.0)
-            d, shift = d_outs[chunk.items, rows], deltas[chunk.items, rows]
-            d_q = torch.zeros_like(q)
+            q, d, d_q = (t[chunk.items, rows] for t in (queries, d_outs, d_queries))
             for slots in items.pieces(chunk.length):
-                chosen = items.blocks(chunk, slots)
-                k = work.gather("keys", keys, chosen, q.shape[2])
+                chosen = items.flat[chunk.items, slots].reshape(-1)
+                k = work.gather("keys", keys, chosen, len(q), q.shape[2])
                 weights = work.bmm("scores", q, k.mT)
                 items.hide(weights, chunk, slots, rows)
-                weights.sub_(top).exp2_()
+                weights.sub_(tops[chunk.items, rows]).exp2_()
                 _add_blocks(d_values, chosen, work.bmm("d_values", weights.mT, d))
-                v = work.gather("values", values, chosen, d.shape[2])
-                d_scores = work.bmm("d_weights", d, v.mT).sub_(shift).mul_(weights)
+                v = work.gather("values", values, chosen, len(q), d.shape[2])
+                d_scores = work.bmm("d_weights", d, v.mT).sub_(deltas[chunk.items, rows]).mul_(weights)
                 d_q.baddbmm_(d_scores, k)
                 _add_blocks(d_keys, chosen, work.bmm("d_keys", d_scores.mT, q))
-            d_queries[chunk.items, rows] = d_q.mul_(scale)
     return (
-        items.join(d_queries, query.dtype),
+        items.join(d_queries.mul_(scale), query.dtype),
         _whole(d_keys.div_(_LOG2E), key),  # q carried the factors of the scores to base 2
         _whole(d_values, value),
     )
 
 
 def _add_blocks(total: Tensor, chosen: Tensor, parts: Tensor) -> None:
-    parts, chosen = parts.view(-1, total.shape[1]), chosen.reshape(-1)
+    parts = parts.view(-1, total.shape[1])
     if total.shape[1] < _WIDE:
         total.scatter_add_(0, chosen.long()[:, None].expand_as(parts), parts)
     else:

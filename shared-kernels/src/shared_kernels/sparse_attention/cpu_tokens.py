@@ -86,10 +86,11 @@ def forward(
         top.masked_fill_(top == -torch.inf, 0.0)
         weights = scores.sub_(top).exp2_()
         total = weights.sum(-1, keepdim=True)
+        # every weight of the backward pass has the error of the LSE
+        lse[chunk] = ((top.double() + total.double().log2()) / _LOG2E).squeeze(-1)
         empty = total == 0
-        result = _rows.weighted_rows(flat, values, weights).div_(total.masked_fill(empty, 1.0))
+        result = _rows.weighted_rows(flat, values, weights).div_(total.masked_fill_(empty, 1.0))
         out[chunk] = result.masked_fill_(empty, 0.0)
-        lse[chunk] = ((top + total.log2()) / _LOG2E).squeeze(-1)
     return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
 
 
@@ -118,7 +119,7 @@ def backward(
     d_key, d_value = (t.new_zeros(t.shape[0], starts.shape[2] - 1, block_k, t.shape[2]) for t in (keys, values))
     for chunk in heads.chunks():
         flat, hidden = heads.columns(chunk)
-        q, d, top = queries[chunk] * scale, d_outs[chunk], lses[chunk] * _LOG2E
+        q, d, top = queries[chunk] * scale, d_outs[chunk], (lses[chunk].double() * _LOG2E).to(lse.dtype)
         scores = _rows.scores_at(q * _LOG2E, keys, flat)
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-_INT32 = 2**31
+_INT16, _INT32 = 2**15, 2**31
+_RADIX = 2**15  # numbers from which on torch sorts a vector by radix on a CPU
 
 
 class TransposedLists(NamedTuple):
@@ -43,14 +44,25 @@ def transpose_lists(
     B, Hl, nq, m = indices.shape
     bins = num_key_blocks + 1  # the last one gathers padding
     named = torch.where(listed(indices, counts), indices, num_key_blocks)
-    # one flat int32 key: torch sorts such by radix, several times faster than lists one by one
-    wide = torch.int32 if B * Hl * bins < _INT32 else torch.int64
-    offsets = torch.arange(B * Hl, dtype=wide, device=indices.device)[:, None]
-    ordered, order = torch.sort((named.reshape(B * Hl, nq * m) + offsets * bins).view(-1), stable=True)
-    blocks = offsets * bins + torch.arange(bins, dtype=wide, device=indices.device)
-    starts = torch.searchsorted(ordered, blocks, out_int32=True) - (offsets * (nq * m)).to(torch.int32)
-    entries = order.to(torch.int32).view(B * Hl, nq * m) - (offsets * (nq * m)).to(torch.int32)
+    entries, starts = _sort(named.reshape(B * Hl, nq * m), bins)
     return TransposedLists(entries.view(B, Hl, nq * m), starts.view(B, Hl, bins))
+
+
+def _sort(named: Int[Tensor, "lists L"], bins: int) -> tuple[Int[Tensor, "lists L"], Int[Tensor, "lists bins"]]:
+    """Positions in every list, sorted by what is named there, and where each of so many names begins; int32."""
+    lists, L = named.shape
+    if named.device.type == "cpu" and L >= _RADIX:
+        narrow = named.to(torch.int16 if bins < _INT16 else torch.int32)  # fewer digits
+        ordered, order = (torch.stack(parts) for parts in zip(*(n.sort(stable=True) for n in narrow), strict=True))
+        every = torch.arange(bins, dtype=narrow.dtype).expand(lists, bins).contiguous()
+        return order.to(torch.int32), torch.searchsorted(ordered, every, out_int32=True)
+    # all lists as one vector, which is sorted several times faster than many
+    wide = torch.int32 if lists * bins < _INT32 else torch.int64
+    offsets = torch.arange(lists, dtype=wide, device=named.device)[:, None]
+    ordered, order = (named + offsets * bins).view(-1).sort(stable=True)
+    every = offsets * bins + torch.arange(bins, dtype=wide, device=named.device)
+    before = (offsets * L).to(torch.int32)
+    return order.to(torch.int32).view(lists, L) - before, torch.searchsorted(ordered, every, out_int32=True) - before
 
 
 def listed(indices: Int[Tensor, "B Hl nq m"], counts: Int[Tensor, "B Hl nq"] | None) -> Tensor:

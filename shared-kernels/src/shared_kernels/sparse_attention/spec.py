@@ -70,7 +70,7 @@ def _small(make: Make) -> dict[str, Sample]:
         "single queries over blocks, strided memory": _lists(make, memory, (1, 16), 2, heads=1) | {"causal": True},
         "few rows": _lists(make, _tensors(make, 1, 2, 2, 8, 17, 33, 18), (5, 3), 4, heads=2, ragged=True),
         "large scores": _lists(make, large, (64, 32), 2, heads=1),
-        "one query": _lists(make, _tensors(make, 2, 2, 1, 1, 17, 16, 16), (16, 16), 2, heads=1),
+        "one query": _lists(make, _tensors(make, 5, 4, 2, 1, 17, 16, 16), (16, 16), 2, heads=1),
         "one key": _lists(make, one_key, (16, 16), 1, heads=1) | {"scale": 0.3},
         "no keys": _lists(make, _tensors(make, 2, 2, 1, 5, 0, 16, 20), (4, 4), 0, heads=1),
         "empty lists": _lists(make, _tensors(make, 2, 2, 1, 5, 7, 16, 20), (4, 4), 0, heads=2),
@@ -113,7 +113,7 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             "several chunks": _lists(
                 make, _tensors(make, 1, 4, 2, 1_500, 1_700, 8, 4), (64, 32), 9, heads=4, ragged=True
             ),
-            "long lists, causal": _lists(make, _tensors(make, 1, 2, 1, 250, 2_900, 4, 8), (128, 16), 170, heads=2)
+            "long lists, causal": _lists(make, _tensors(make, 1, 2, 1, 250, 2_900, 12, 8), (128, 16), 170, heads=2)
             | {"causal": True},
             "large blocks": _lists(make, rows, (512, 600), 2, heads=1),
             "many pairs": _lists(make, _tensors(make, 1, 6, 3, 1_100, 1_300, 4, 3), (1, 1), 200, heads=6),
@@ -218,7 +218,7 @@ def largest(sample: Sample) -> int:
     lists = query.shape[0] * query.shape[1] * nq * m
     if block_q < 8:  # lists of single queries: listed pairs of some heads, or of one
         return max(max(whole) * width, lists, cpu_tokens.TILE, query.shape[2] * m * block_k)
-    tile = max(cpu_blocks.TILE, 16 * block_k)
+    tile = max(cpu_blocks.TILE * 3 // 2, 16 * block_k)
     return max(max(whole) * width, lists, tile, tile // block_q * width)
 
 
