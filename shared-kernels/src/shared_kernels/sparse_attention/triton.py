@@ -45,12 +45,12 @@ def _program(tiles, units, BACKWARDS: tl.constexpr):
     if BACKWARDS:
         tile = tiles - 1 - tile
     unit = program // tiles
-    return tile, (unit // units).to(tl.int64), (unit % units).to(tl.int64)
+    return tile, unit // units, unit % units
 
 
 @triton.jit
 def _plane(base, strides, batch, head):
-    return base + batch * strides[0] + head * strides[1]
+    return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def sparse_attention_fwd_kernel(
     inside &= inner < fold * block_q
     columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     rows = head * query_strides[1] + position * query_strides[2]
-    q = load_rows(query + batch * query_strides[0], rows, inside, columns, D)
+    q = load_rows(query + batch.to(tl.int64) * query_strides[0], rows, inside, columns, D)
     entries, slots = _list_of(
         block, indices, counts, index_strides, count_strides, batch, first_head // heads_per_list, block_k
     )
@@ -146,9 +146,9 @@ def sparse_attention_bwd_kernel_dq(
     inside &= inner < fold * block_q
     columns, columns_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     rows = head * query_strides[1] + position * query_strides[2]
-    q = load_rows(query + batch * query_strides[0], rows, inside, columns, D)
+    q = load_rows(query + batch.to(tl.int64) * query_strides[0], rows, inside, columns, D)
     rows = head * d_out_strides[1] + position * d_out_strides[2]
-    d = load_rows(d_out + batch * d_out_strides[0], rows, inside, columns_e, E)
+    d = load_rows(d_out + batch.to(tl.int64) * d_out_strides[0], rows, inside, columns_e, E)
     results = (batch * H + head) * Nq + position
     row_lse, row_delta = _statistics(lse, delta, results, inside)
     entries, slots = _list_of(
@@ -214,8 +214,8 @@ def sparse_attention_bwd_kernel_dkv(
     v = load_rows(_plane(value, value_strides, batch, kv_head), places * value_strides[2], inside, columns_e, E)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    query += batch * query_strides[0]
-    d_out += batch * d_out_strides[0]
+    query += batch.to(tl.int64) * query_strides[0]
+    d_out += batch.to(tl.int64) * d_out_strides[0]
     size = fold * block_q
     for part in range(group // fold):
         first_head = kv_head * group + part * fold
@@ -229,14 +229,14 @@ def sparse_attention_bwd_kernel_dkv(
             if GATHER:
                 head, position, exists = _query_rows(query_block, place, first_head, block_q, Nq)
             else:
-                head = first_head + start % size // block_q
+                head = (first_head + start % size // block_q).to(tl.int64)
                 position = query_block.to(tl.int64) * block_q + start % size % block_q + tl.arange(0, BLOCK_M)
                 exists = position < Nq
             acc_k, acc_v = _add_rows(
                 acc_k, acc_v, k, v, keys, d_out, delta, query, lse, d_out_strides, query_strides, batch, head,
                 position, exists, columns, columns_e, H, Nq, Nk, log2_scale, D, E, CAUSAL, PRECISION,
             )  # fmt: skip
-    results = (batch * (H // group) + kv_head) * Nk + places
+    results = (batch * (H // group) + kv_head).to(tl.int64) * Nk + places
     store_rows(d_key, acc_k * scale, results * D, inside, columns, D)
     store_rows(d_value, acc_v, results * E, inside, columns_e, E)
 
@@ -267,8 +267,8 @@ def sparse_attention_bwd_kernel_slots(
     v = load_rows(value, keys.to(tl.int64) * value_strides[2], listed, columns_e, E)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    query += batch * query_strides[0]
-    d_out += batch * d_out_strides[0]
+    query += batch.to(tl.int64) * query_strides[0]
+    d_out += batch.to(tl.int64) * d_out_strides[0]
     rows = tl.where(start < slots, fold * block_q, 0)
     for row in range(0, rows, BLOCK_M):
         inner = row + tl.arange(0, BLOCK_M)
@@ -279,7 +279,7 @@ def sparse_attention_bwd_kernel_slots(
             position, exists, columns, columns_e, H, Nq, Nk, log2_scale, D, E, CAUSAL, PRECISION,
         )  # fmt: skip
     numbers = start + tl.arange(0, BLOCK_N)
-    results = (own * query_blocks + block) * most_slots + numbers
+    results = (own.to(tl.int64) * query_blocks + block) * most_slots + numbers
     store_rows(slots_k, acc_k, results * D, numbers < slots, columns, D)
     store_rows(slots_v, acc_v, results * E, numbers < slots, columns_e, E)
 
@@ -299,14 +299,14 @@ def sparse_attention_bwd_kernel_sum(
         limits = _plane(starts, start_strides, batch, list_head) + token // block_k
         first, last = tl.load(limits), tl.load(limits + 1)
         positions = _plane(entries, entry_strides, batch, list_head)
-        unit = own * (group // fold) + part
+        unit = own.to(tl.int64) * (group // fold) + part
         for start in range(first, last, BLOCK_N):
             numbers = start + tl.arange(0, BLOCK_N)
             inside = numbers < last
             position = tl.load(positions + numbers, mask=inside, other=0).to(tl.int64)
             rows = unit * slots_per_unit + position * block_k + token % block_k
             acc += tl.sum(load_rows(slots, rows * D, inside, columns, D), 0)
-    results = gradient + ((first_unit + own) * Nk + token) * D + columns
+    results = gradient + ((first_unit + own).to(tl.int64) * Nk + token) * D + columns
     tl.store(results, (acc * scale).to(gradient.dtype.element_ty), mask=columns < D)
 
 
