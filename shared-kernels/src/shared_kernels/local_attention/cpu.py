@@ -1,8 +1,10 @@
-"""local_attention on CPUs: windows copied out of the map chunk by chunk, and a chain of batched products on each chunk.
+"""local_attention on CPUs: a chain of batched matrix products on one row of blocks after another.
 
-A chunk is so many blocks that all its workspaces stay in a core's cache. Positions are a matrix product too: a query's
-row and column logits times, for every key, the unit vectors of its window row and column; what flows back through it
-are the gradients of the logits. A masked row or column of a window is a logit of -1e30.
+The rows of the map that a row of blocks sees are copied once, columns first: then every window is one run of memory,
+and overlapping windows are operands of a batched product as they lie. Workspaces stay in a core's cache. Positions are
+a matrix product too: a query's row and column logits times, for every key, the unit vectors of its window row and
+column; what flows back through it are the gradients of the logits. A masked row or column of a window is a logit of
+-1e30.
 """
 
 import itertools
@@ -19,6 +21,7 @@ from shared_kernels.local_attention.neighborhood_cpu import neighborhood, neighb
 __all__ = ["backward", "forward", "neighborhood", "neighborhood_backward"]
 
 _CHUNK = 1 << 19  # numbers in the workspaces of a chunk, per thread: 1 MiB of float32
+_LONG = 4  # blocks in a row, from which on a row is enough for a chunk
 _NEVER = -1e30  # finite, as 0 * -inf in the product back would be NaN
 _LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
@@ -76,14 +79,13 @@ class _Blocks:
         return relative.as_strided(shape, strides, offset)
 
     def windows(self, padded: Tensor) -> Tensor:
-        """The overlapping windows of padded maps as a view.
+        """The overlapping windows of padded maps as a view, columns before rows.
 
         (B, H, n * block + 2 * halo, m * block + 2 * halo, X) as (B, H, n, m, w, w, X).
         """
         b, h, r, c, x = padded.stride()
-        n, m = ((size - 2 * self.halo) // self.block for size in padded.shape[2:4])
-        shape = *padded.shape[:2], n, m, self.window, self.window, padded.shape[-1]
-        return padded.as_strided(shape, (b, h, self.block * r, self.block * c, r, c, x))
+        shape = *padded.shape[:2], *self.count, self.window, self.window, padded.shape[-1]
+        return padded.as_strided(shape, (b, h, self.block * r, self.block * c, c, r, x))
 
     def add_windows(self, target: Tensor, windows: Tensor) -> None:
         """Sum windows (any shape) into the padded map of which `target` (B, H, n, m, w, w, X) is a view.
@@ -125,8 +127,8 @@ class _Blocks:
 class _Chunks:
     """One chunk of blocks after another, in workspaces that serve them all.
 
-    Each block has M = G * side^2 queries and N = w^2 keys; Z is the number of blocks in a chunk. Logits are multiplied
-    by log2(e) and queries by scale * log2(e), so softmax is to base 2.
+    Each block has M = G * side^2 queries and N = w^2 keys; Z is the number of blocks in a chunk. Scores are
+    multiplied by log2(e), so softmax is to base 2.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class _Chunks:
         w, self.widest = blocks.window, max(query.shape[-1], value.shape[-1])
         self.M, self.N = prod(self.query.shape[4:7]), w * w
         place = torch.arange(self.N)
-        self.units = torch.cat([F.one_hot(place // w, w), F.one_hot(place % w, w)], -1).to(self.dtype)
+        self.units = torch.cat([F.one_hot(place % w, w), F.one_hot(place // w, w)], -1).to(self.dtype)
         self.sizes = self._sizes()
         self.workspaces: dict[str, Tensor] = {}
 
@@ -157,6 +159,8 @@ class _Chunks:
         B, H, n, m = self.query.shape[:4]
         each = m * (self.M * self.N + (self.M + self.N) * self.widest)
         left, sizes = max(1, _CHUNK * torch.get_num_threads() // each), []
+        if m >= _LONG:
+            left = 1  # windows of one row of blocks need not be copied
         for available in (n, H, B):
             sizes.append(min(left, available))
             left = max(1, left // available)
@@ -181,35 +185,42 @@ class _Chunks:
         return workspace
 
     def windows(self, name: str, source: Tensor, at: Chunk) -> Tensor:
-        """The windows of keys or values, zeros outside the map: (Z, N, X)."""
-        blocks = self.blocks
-        first, last = at[2].start * blocks.block - blocks.halo, at[2].stop * blocks.block + blocks.halo
-        rows = source[at[0], at[1], max(first, 0) : last]
-        top, bottom = max(-first, 0), max(-first, 0) + rows.shape[2]
-        padded = self._padding(name, source.shape[-1])[: rows.shape[0], : rows.shape[1], : last - first]
-        padded[:, :, :top].zero_()
-        padded[:, :, top:bottom, blocks.halo : blocks.halo + blocks.columns].copy_(rows)
-        padded[:, :, bottom:].zero_()
-        return self.fill(name, blocks.windows(padded), self.N)
+        """The windows of keys or values, zeros outside the map: (Z, N, X).
 
-    def _padding(self, name: str, width: int) -> Tensor:
-        """For the part of a map that a chunk sees; what lies left and right of the map stays zero."""
-        name = f"padded {name}"
+        The rows that a row of blocks sees are copied with columns first, so that every window is one run of memory. Of
+        a single row of blocks the windows are a view.
+        """
+        blocks, w = self.blocks, self.blocks.window
+        strips = self._strips(name, source.shape[-1])
+        strips = strips[tuple(slice(s.stop - s.start) for s in at)]
+        for i in range(at[2].stop - at[2].start):
+            first = (at[2].start + i) * blocks.block - blocks.halo
+            rows = source[at[0], at[1], max(first, 0) : first + w]
+            top, bottom = max(-first, 0), max(-first, 0) + rows.shape[2]
+            strip = strips[:, :, i]
+            strip[:, :, blocks.halo : blocks.halo + blocks.columns, top:bottom].copy_(rows.transpose(2, 3))
+            for outside in (strip[:, :, :, :top], strip[:, :, :, bottom:]):
+                outside.zero_()
+        strides = *strips.stride()[:3], blocks.block * strips.stride(3), *strips.stride()[4:]
+        view = strips.as_strided((*strips.shape[:3], self.query.shape[3], self.N, source.shape[-1]), strides)
+        return view.reshape(-1, self.N, source.shape[-1])
+
+    def _strips(self, name: str, width: int) -> Tensor:
+        """(B, H, n, m * block + 2 * halo, w, X) of a chunk; what lies left and right of the map stays zero."""
         if name not in self.workspaces:
-            B, H, n = self.sizes
-            sides = [k * self.blocks.block + 2 * self.blocks.halo for k in (n, self.query.shape[3])]
-            self.workspaces[name] = torch.zeros(B, H, *sides, width, dtype=self.dtype)
+            columns = self.query.shape[3] * self.blocks.block + 2 * self.blocks.halo
+            self.workspaces[name] = torch.zeros(*self.sizes, columns, self.blocks.window, width, dtype=self.dtype)
         return self.workspaces[name]
 
     def queries(self, at: Chunk) -> Tensor:
         """(Z, M, D)"""
-        return self.fill("query", self.query[at], self.M).mul_(self.scale)
+        return self.fill("query", self.query[at], self.M)
 
     def scores(self, query: Tensor, key: Tensor, at: Chunk) -> Tensor:
         """To base 2: (Z, M, N)."""
         out = self.workspace("scores", len(query), self.M, self.N)
         if not self.positions:
-            return torch.bmm(query, key.mT, out=out)
+            return torch.baddbmm(out, query, key.mT, beta=0, alpha=self.scale, out=out)
         w, shape = self.blocks.window, self.query[at].shape[:-1]
         terms = self.workspace("logits", len(query), self.M, 2 * w)
         for axis, rows in enumerate((at[2], slice(None))):
@@ -217,7 +228,7 @@ class _Chunks:
             mask = self.masks[axis][rows].view(-1, *(() if axis else (1,)), 1, 1, 1, w)
             term.copy_(mask) if not self.logits else torch.add(self.logits[axis][at], mask, out=term)
         torch.mm(terms.mul_(_LOG2E).view(-1, 2 * w), self.units.T, out=out.view(-1, self.N))
-        return out.baddbmm_(query, key.mT)
+        return out.baddbmm_(query, key.mT, alpha=self.scale)
 
 
 def _rows_apart(logits: Tensor) -> Tensor:
@@ -303,5 +314,5 @@ def backward(
     d_key, d_value = (blocks.inside(t) for t in d_maps)
     d_rows, d_columns = (t.contiguous() for t in d_logits or (lse.new_empty(0), lse.new_empty(0)))
     d_query = (d_query * scale).to(query.dtype).contiguous()
-    d_key = (d_key * _LN2).to(key.dtype).contiguous()  # queries came multiplied by scale and log2(e)
+    d_key = (d_key * scale).to(key.dtype).contiguous()
     return d_query, d_key, d_value.to(value.dtype).contiguous(), d_rows, d_columns

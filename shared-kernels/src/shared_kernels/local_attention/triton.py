@@ -262,7 +262,7 @@ def local_attention_bwd_kernel_dkv(
 
 
 _FORWARD = {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1), 512: Tile(16, 32, 8, 1)}
-_DQ = {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1), 512: Tile(16, 16, 8, 1)}
+_DQ = {64: Tile(64, 32, 4, 2), 128: Tile(32, 16, 4, 1), 256: Tile(32, 16, 8, 1), 512: Tile(16, 16, 8, 1)}
 _DKV = {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1), 512: Tile(16, 16, 8, 1)}
 _ONE_TILE = {512: Tile(32, 64, 4, 1)}
 TILES: TileTable = {
@@ -271,7 +271,11 @@ TILES: TileTable = {
         target: {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
         for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
     },
-    "gfx942": {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV | {256: Tile(16, 32, 8, 1)}},
+    "gfx942": {
+        "forward": _FORWARD | {256: Tile(16, 32, 8, 1)},
+        "dq": _DQ | {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+        "dkv": _DKV | {64: Tile(64, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
+    },
 }
 
 

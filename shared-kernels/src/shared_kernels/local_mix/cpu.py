@@ -25,7 +25,9 @@ class _Rows(NamedTuple):
 class _Cells:
     """All cells of a call: B images of h x w of them, C channels, n offsets, p = factor^2 pixels each."""
 
-    def __init__(self, value: Tensor, logits: Tensor, offsets: list[int], factor: int, replicate: bool) -> None:
+    def __init__(
+        self, value: Tensor, logits: Tensor, offsets: list[int], factor: int, softmax: bool, replicate: bool
+    ) -> None:
         self.dtype = torch.promote_types(value.dtype, torch.float32)
         self.B, self.h, self.w, self.C = value.shape
         self.n, self.factor = len(offsets) // 2, factor
@@ -38,7 +40,10 @@ class _Cells:
         self.rows = min(rows, self.h)
         self.index = (self._first_cells(self.rows)[:, None] + self.near).view(-1)
         self.gathered = torch.empty(len(self.index), self.C, dtype=self.dtype)
-        self.logits = self.by_cell(logits.permute(0, 2, 3, 1))
+        self.weights = logits.to(self.dtype)
+        if softmax:
+            self.weights = self.weights.softmax(1)
+        self.by_cell_weights = self.by_cell(self.weights.permute(0, 2, 3, 1)).contiguous()
 
     def _padded(self, value: Tensor, replicate: bool) -> Tensor:
         padded = torch.zeros(self.B, self.h + 2 * self.room_r, self.width, self.C, dtype=self.dtype)
@@ -102,18 +107,13 @@ def forward(
     stats = logits.new_empty((2, B, height, width) if softmax else (0,), dtype=wide)
     if out.numel() == 0:
         return out, stats.zero_()
-    cells = _Cells(value, logits, offsets, factor, replicate)
-    outs, parts = cells.by_cell(out), [cells.by_cell(t[..., None]) for t in stats] if softmax else []
+    cells = _Cells(value, logits, offsets, factor, softmax, replicate)
+    if softmax:
+        torch.amax(logits.to(wide), 1, out=stats[0])
+        torch.amax(cells.weights, 1, out=stats[1])  # the weight of the largest logit is 1 / sum
+    outs = cells.by_cell(out)
     for at in cells:
-        weights = cells.of(cells.logits, at)
-        if softmax:
-            top = weights.amax(-1, keepdim=True)
-            weights = weights.sub(top).exp_()
-            inverse = weights.sum(-1, keepdim=True).reciprocal_()
-            weights.mul_(inverse)
-            for part, numbers in zip(parts, (top, inverse), strict=True):
-                cells.put(part, at, numbers)
-        cells.put(outs, at, torch.bmm(weights, cells.surroundings(at)))
+        cells.put(outs, at, torch.bmm(cells.of(cells.by_cell_weights, at), cells.surroundings(at)))
     return out, stats
 
 
@@ -127,19 +127,17 @@ def backward(
     softmax: bool,
     replicate: bool,
 ) -> tuple[Tensor, Tensor]:
-    d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     if d_out.numel() == 0:
-        return torch.zeros_like(value, memory_format=torch.contiguous_format), d_logits
-    cells = _Cells(value, logits, offsets, factor, replicate)
-    d_padded, d_by_cell = torch.zeros_like(cells.padded), cells.by_cell(d_logits.permute(0, 2, 3, 1))
-    d_outs = cells.by_cell(d_out)
+        d_value, d_logits = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (value, logits))
+        return d_value, d_logits
+    cells = _Cells(value, logits, offsets, factor, softmax, replicate)
+    d_padded, d_weights = torch.zeros_like(cells.padded), torch.empty_like(cells.weights)
+    d_by_cell, d_outs = cells.by_cell(d_weights.permute(0, 2, 3, 1)), cells.by_cell(d_out)
     for at in cells:
-        weights, d_result = cells.of(cells.logits, at), cells.of(d_outs, at)
-        if softmax:
-            weights = weights.softmax(-1)
+        weights, d_result = cells.of(cells.by_cell_weights, at), cells.of(d_outs, at)
         cells.scatter(d_padded, at, torch.bmm(weights.mT, d_result))
-        d_weights = torch.bmm(d_result, cells.surroundings(at).mT)
-        if softmax:
-            d_weights.sub_((d_weights * weights).sum(-1, keepdim=True)).mul_(weights)
-        cells.put(d_by_cell, at, d_weights)
-    return folded(d_padded, cells.room_r, cells.room_c, replicate).to(value.dtype).contiguous(), d_logits
+        cells.put(d_by_cell, at, torch.bmm(d_result, cells.surroundings(at).mT))
+    if softmax:
+        d_weights = (d_weights - (d_weights * cells.weights).sum(1, keepdim=True)) * cells.weights
+    d_value = folded(d_padded, cells.room_r, cells.room_c, replicate)
+    return d_value.to(value.dtype).contiguous(), d_weights.to(logits.dtype).contiguous()
