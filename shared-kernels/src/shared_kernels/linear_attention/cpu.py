@@ -11,7 +11,6 @@ Shapes: Z heads in a tile, R chunks in a run, C tokens in a chunk, D key width, 
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 64
-_RUN = 256_000  # numbers that a run works on, per thread
+_RUN = 300_000  # numbers that a run works on, per thread
+_MOST = 16  # chunks in a run: what joins them grows with their square
 _PIECE = 512  # tokens whose outer products are summed at once where order does not matter
 
 
@@ -85,101 +85,107 @@ def _runs(length: int, size: int, most: int) -> list[_Run]:
     return [*runs, _Run(whole, whole * size, 1, length % size)] if length % size else runs
 
 
-class _Powers:
-    """Powers of the decay of every head that runs of R chunks of C tokens need; exponents are never negative."""
+class _Powers(NamedTuple):
+    """Powers of the decay that a run of R chunks of C tokens of Z heads needs; exponents are never negative.
 
-    def __init__(self, log_decay: Tensor | None, like: Tensor, scale: float, run: _Run) -> None:
-        self.rate = like.new_zeros(1) if log_decay is None else log_decay
-        self.steady, self.scale, self.run = log_decay is None, scale, run
+    The first dimension is 1 where all heads have the same.
+    """
 
-    def _power(self, exponents: Tensor) -> Tensor:
-        exponents = exponents.to(self.rate)
-        return torch.exp(self.rate.view(-1, *[1] * exponents.ndim) * exponents)
+    within: Tensor
+    """(Z * R, C, C): token to token, times scale; 0 from later ones."""
+    read: Tensor | None
+    """(Z * R, C, 1): entering state to token; None if nothing decays."""
+    write: Tensor | None
+    """(Z * R, C, 1): token to leaving state."""
+    across: Tensor
+    """(Z, R, R): chunk to the states that enter those it comes before."""
+    entering: Tensor
+    """(Z, R, 1): the run's entering state to each chunk's."""
+    leaving: Tensor
+    """(Z, 1, R): each chunk to the run's leaving state."""
+    whole: Tensor
+    """(Z, 1, 1): the run's entering state to its leaving state."""
 
-    def _ages(self, steps: int) -> Tensor:
-        time = torch.arange(steps)
-        return (time[:, None] - time).clamp(min=0)
+    def of(self, heads: slice, chunks: int, *, backwards: bool) -> "_Powers":
+        """Those of a tile's heads. Going back, states enter chunks at their end."""
+        own = _Powers._make(t if t is None or t.shape[0] == 1 else t[heads] for t in self)
+        if own.whole.shape[0] > 1:
+            rows = (t.repeat_interleave(chunks, 0) for t in (own.within, own.read, own.write) if t is not None)
+            own = own._replace(**dict(zip(("within", "read", "write"), rows, strict=True)))
+        if not backwards:
+            return own
+        across, entering, leaving = own.across.mT.contiguous(), own.entering.flip(1), own.leaving.flip(2)
+        return own._replace(across=across, entering=entering, leaving=leaving)
 
-    @cached_property
-    def within(self) -> Tensor:
-        """(H or 1, 1, C, C): token to token, times scale."""
-        return (self._power(self._ages(self.run.size)).tril() * self.scale)[:, None]
 
-    @cached_property
-    def read(self) -> Tensor | None:
-        """(H, 1, C, 1): entering state to token."""
-        return None if self.steady else self._power(torch.arange(1, self.run.size + 1))[:, None, :, None]
+def _powers(log_decay: Tensor | None, like: Tensor, scale: float, run: _Run) -> _Powers:
+    """Of all heads, or one for all if nothing decays; `within`, `read` and `write` for one chunk."""
+    rate = like.new_zeros(1) if log_decay is None else log_decay
 
-    @cached_property
-    def write(self) -> Tensor | None:
-        """(H, 1, C, 1): token to leaving state."""
-        return None if self.steady else self._power(torch.arange(self.run.size).flip(0))[:, None, :, None]
+    def power(exponents: Tensor) -> Tensor:
+        return torch.exp(rate.view(-1, *[1] * exponents.ndim) * exponents)
 
-    @cached_property
-    def across(self) -> Tensor:
-        """(H or 1, R, R): chunk to a later one's entering state."""
-        return self._power(self.run.size * (self._ages(self.run.chunks) - 1).clamp(min=0)).tril(-1)
-
-    @cached_property
-    def entering(self) -> Tensor:
-        """(H or 1, R, 1): the run's entering state to each chunk's."""
-        return self._power(self.run.size * torch.arange(self.run.chunks)[:, None])
-
-    @cached_property
-    def leaving(self) -> Tensor:
-        """(H or 1, 1, R): each chunk to the run's leaving state."""
-        return self._power(self.run.size * torch.arange(self.run.chunks).flip(0)[None])
-
-    @cached_property
-    def whole(self) -> Tensor:
-        """(H or 1, 1, 1): the run's entering state to its leaving state."""
-        return self._power(torch.tensor([[self.run.size * self.run.chunks]]))
+    token, chunk = (torch.arange(n, dtype=like.dtype) for n in (run.size, run.chunks))
+    age, later = (token[:, None] - token).clamp(min=0), (chunk[:, None] - chunk - 1).clamp(min=0)
+    return _Powers(
+        within=power(age).tril() * scale,
+        read=None if log_decay is None else power(token + 1)[..., None],
+        write=None if log_decay is None else power(token.flip(0))[..., None],
+        across=power(run.size * later).tril(-1),
+        entering=power(run.size * chunk[:, None]),
+        leaving=power(run.size * chunk.flip(0)[None]),
+        whole=power(like.new_tensor([[float(run.size * run.chunks)]])),
+    )
 
 
 class _Decay:
-    """The powers of every kind of run, computed once."""
+    """The powers of every kind of run, computed once, and memory that runs use again while it is in the cache."""
 
     def __init__(self, log_decay: Tensor | None, like: Tensor, scale: float) -> None:
         self.log_decay, self.like, self.scale = log_decay, like, scale
-        self.known: dict[tuple[int, int], _Powers] = {}
+        self.powers: dict[tuple[int, int], _Powers] = {}
+        self.of_heads: dict[tuple[int, int, int, int, bool], _Powers] = {}
+        self.memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def of(self, run: _Run) -> _Powers:
-        key = (run.chunks, run.size)
-        if key not in self.known:
-            self.known[key] = _Powers(self.log_decay, self.like, self.scale, run)
-        return self.known[key]
+    def of(self, run: _Run, heads: slice, *, backwards: bool = False) -> _Powers:
+        kind = (run.chunks, run.size)
+        own = (*kind, heads.start, heads.stop, backwards)
+        if own not in self.of_heads:
+            if kind not in self.powers:
+                self.powers[kind] = _powers(self.log_decay, self.like, self.scale, run)
+            self.of_heads[own] = self.powers[kind].of(heads, run.chunks, backwards=backwards)
+        return self.of_heads[own]
 
+    def space(self, name: str, *shape: int) -> Tensor:
+        """The same memory at each call with this name and shape, whatever is in it."""
+        key = (name, shape)
+        if key not in self.memory:
+            self.memory[key] = self.like.new_empty(shape)
+        return self.memory[key]
 
-def _weighted(rows: Tensor, weights: Tensor | None, heads: slice, chunks: int) -> Tensor:
-    """(Z * R, C, width) times (Z, 1, C, 1)."""
-    if weights is None:
-        return rows
-    return (rows.unflatten(0, (-1, chunks)) * _own(weights, heads)).flatten(0, 1)
+    def weighted(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        """The rows if there are no weights."""
+        return rows if weights is None else torch.mul(rows, weights, out=self.space("weighted", *rows.shape))
 
+    def scores(self, a: Tensor, b: Tensor, within: Tensor) -> Tensor:
+        """a_t . b_u with t's and u's distance decayed, 0 where u > t: (Z * R, C, C)."""
+        return torch.bmm(a, b.mT, out=self.space("scores", *a.shape[:2], b.shape[1])).mul_(within)
 
-def _own(powers: Tensor, heads: slice) -> Tensor:
-    """Those of a tile's heads; one for all if nothing decays."""
-    return powers if powers.shape[0] == 1 else powers[heads]
+    def states(self, key: Tensor, value: Tensor, state: Tensor, powers: _Powers, scale: float = 1.0) -> Tensor:
+        """The states that enter the chunks, (Z * R, D, E); `state`, (Z, D, E), is moved over the run.
 
-
-def _scores(a: Tensor, b: Tensor, powers: _Powers, heads: slice) -> Tensor:
-    """a_t . b_u with t's and u's distance decayed, 0 where u > t: (Z * R, C, C)."""
-    scores = torch.bmm(a, b.mT)
-    scores.unflatten(0, (-1, powers.run.chunks)).mul_(_own(powers.within, heads))
-    return scores
-
-
-def _states(sums: Tensor, state: Tensor, powers: _Powers, heads: slice, *, backwards: bool) -> Tensor:
-    """The states that enter the chunks, (Z * R, D, E); `state`, (Z, D, E), is moved over the run."""
-    R, shape = powers.run.chunks, sums.shape[1:]
-    across, entering, leaving = (_own(t, heads) for t in (powers.across, powers.entering, powers.leaving))
-    if backwards:
-        across, entering, leaving = across.mT, entering.flip(1), leaving.flip(2)
-    flat, total = sums.view(-1, R, shape.numel()), state.view(-1, 1, shape.numel())
-    Z = flat.shape[0]
-    entered = torch.baddbmm(entering * total, across.expand(Z, R, R), flat)
-    total.mul_(_own(powers.whole, heads)).baddbmm_(leaving.expand(Z, 1, R), flat)
-    return entered.view(-1, *shape)
+        Every chunk gives scale * key^T value.
+        """
+        Z, D, E = state.shape
+        R = key.shape[0] // Z
+        sums = torch.bmm(key.mT, value, out=self.space("sums", Z * R, D, E)).view(Z, R, D * E)
+        if scale != 1:
+            sums.mul_(scale)
+        total = state.view(Z, 1, D * E)
+        entered = torch.mul(powers.entering, total, out=self.space("entered", Z, R, D * E))
+        entered.baddbmm_(powers.across.expand(Z, R, R), sums)
+        total.mul_(powers.whole).baddbmm_(powers.leaving.expand(Z, 1, R), sums)
+        return entered.view(Z * R, D, E)
 
 
 def _put(rows: Tensor, run: _Run, a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float = 1.0) -> None:
@@ -196,15 +202,13 @@ def _sweep(
     tile: _Tile, query: Tensor, key: Tensor, value: Tensor, state: Tensor, decay: _Decay, most: int, out: Tensor
 ) -> None:
     """Causal outputs of one tile; `state` (Z, D, E) is moved to the end of the sequence."""
-    heads, acc = tile.heads, state.dtype
-    q, k, v, result = (tile.rows(t) for t in (query, key, value, out))
+    acc, (q, k, v, result) = state.dtype, (tile.rows(t) for t in (query, key, value, out))
     for run in _runs(q.shape[1], _CHUNK, most):
-        powers = decay.of(run)
+        powers = decay.of(run, tile.heads)
         Q, K, V = (run.of(t, acc) for t in (q, k, v))
-        sums = torch.bmm(_weighted(K, powers.write, heads, run.chunks).mT, V)
-        entered = _states(sums, state, powers, heads, backwards=False)
-        read = _weighted(Q, powers.read, heads, run.chunks)
-        _put(result, run, _scores(Q, K, powers, heads), V, read, entered, decay.scale)
+        entered = decay.states(decay.weighted(K, powers.write), V, state, powers)
+        scores, read = decay.scores(Q, K, powers.within), decay.weighted(Q, powers.read)
+        _put(result, run, scores, V, read, entered, decay.scale)
 
 
 def _sweep_back(
@@ -218,21 +222,19 @@ def _sweep_back(
     d_value: Tensor,
 ) -> None:
     """Gradients of key and value of one tile; `d_state` (Z, D, E) is moved to the beginning of the sequence."""
-    heads, acc, scale = tile.heads, d_state.dtype, decay.scale
-    q, k, v, do, dk, dv = (tile.rows(t) for t in (*inputs, d_out, d_key, d_value))
+    acc, (q, k, v, do, dk, dv) = d_state.dtype, (tile.rows(t) for t in (*inputs, d_out, d_key, d_value))
     for run in reversed(_runs(q.shape[1], _CHUNK, most)):
-        powers = decay.of(run)
+        powers = decay.of(run, tile.heads, backwards=True)
         Q, K, V, dO = (run.of(t, acc) for t in (q, k, v, do))
-        sums = torch.bmm(_weighted(Q, powers.read, heads, run.chunks).mT, dO).mul_(scale)
-        left = _states(sums, d_state, powers, heads, backwards=True)
+        left = decay.states(decay.weighted(Q, powers.read), dO, d_state, powers, decay.scale)
         for result, row, other, column, flow in ((dk, dO, V, Q, left.mT), (dv, Q, K, dO, left)):
-            written = _weighted(other, powers.write, heads, run.chunks)
-            _put(result, run, _scores(row, other, powers, heads).mT, column, written, flow)
+            scores, written = decay.scores(row, other, powers.within), decay.weighted(other, powers.write)
+            _put(result, run, scores.mT, column, written, flow)
 
 
 def _plan(size: int, numbers: int) -> tuple[Callable[[int], int], int]:
     """Heads that make a tile of a sequence, and chunks in a run, if a chunk of `size` tokens works on so many."""
-    most = max(1, _RUN * torch.get_num_threads() // numbers)
+    most = max(1, min(_MOST, _RUN * torch.get_num_threads() // numbers))
     return lambda tokens: most // max(1, -(-tokens // size)), most
 
 

@@ -189,7 +189,7 @@ def _largest(sample: Sample) -> int:
     (B, H, N, D), (keys, E) = sample["query"].shape, sample["value"].shape[2:]
     blocks = max(sample["block_mask"].shape[2:]) if "block_mask" in sample else -(-max(N, keys) // 512)
     sequences = len(sample["cu_seqlens"]) - 1 if "cu_seqlens" in sample else B
-    return max(B * H * max(N, keys) * max(D, E), H * (sequences + blocks) * D * E, 256_000)
+    return max(B * H * max(N, keys) * max(D, E), H * (sequences + blocks) * D * E, 300_000)
 
 
 def launches(sample: Sample) -> None:

@@ -235,7 +235,7 @@ def tiles(D: int, E: int, where: str, *, wide: bool, exact: bool) -> dict[str, i
     if where == "interpreter":
         return {"PIECE": 32, "CHUNK": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 1}
     if wide:
-        return {"PIECE": 64, "CHUNK": 32, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+        return {"PIECE": 64, "CHUNK": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
     if D > 128:
         return {"PIECE": 256, "CHUNK": 16, "BLOCK_E": 32, "num_warps": 8, "num_stages": 1}
     odd = D % 16 > 0 or E % 16 > 0  # loads that cannot be vectorised take more registers
