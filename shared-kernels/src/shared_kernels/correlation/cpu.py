@@ -1,6 +1,8 @@
 """correlation on CPUs: a few rows of the volume at a time, turned into their softmax in place.
 
-A tile is small enough for the cache. Powers of two instead of e, with the factor folded into one side's features.
+A tile is small enough for the cache. Powers of two instead of e, with the factor folded into one side's features. Thin
+products are laid out so that their long side runs along memory: (E x M) times a tile turned is eight times faster than
+the tile times (M x E).
 """
 
 import math
@@ -47,11 +49,12 @@ def forward(
     tile = _tile(row_scale, N, M)
     for b in range(B):
         x, y = _scaled(source[b], row_scale[b] * _LOG2E), _scaled(target[b], column_scale[b])
-        v = values[b].to(y.dtype)
+        thin = values[b].T.to(y.dtype, memory_format=torch.contiguous_format)
         added = bias[b] * _LOG2E if bool(bias[b].any()) else None
         for rows in _rows(N, M):
             weight, top, total = _exponentials(x[rows], y, added, tile[: rows.stop - rows.start])
-            out[b, rows] = (weight @ v).div_(total.masked_fill(total == 0, 1)).to(out.dtype)
+            sums = torch.mm(thin, weight.T).T
+            out[b, rows] = sums.div_(total.masked_fill(total == 0, 1)).to(out.dtype)
             lse[b, rows] = (top + total.log2())[:, 0] / _LOG2E
     return out, lse
 
@@ -77,21 +80,23 @@ def backward(
     tile, flow = _tile(row_scale, N, M), _tile(row_scale, N, M)
     for b in range(B):
         x, y = _scaled(source[b], row_scale[b] * _LOG2E), _scaled(target[b], column_scale[b])
-        d_y, d_v, v = torch.zeros_like(y), y.new_zeros(values.shape[1:]), values[b].to(acc)
+        d_y, d_thin = y.new_zeros(y.shape[::-1]), y.new_zeros(values.shape[2], M)
+        thin = torch.cat([values[b].T.to(acc), y.new_ones(1, M)])
+        d_rows = torch.cat([d_out[b].to(acc), -share[b, :, None]], 1)
         added = bias[b] * _LOG2E if bool(bias[b].any()) else None
         for rows in _rows(N, M):
-            d_rows, count = d_out[b, rows].to(acc), rows.stop - rows.start
+            count = rows.stop - rows.start
             weight, _, total = _exponentials(x[rows], y, added, tile[:count])
             weight.div_(total.masked_fill_(total == 0, 1))  # exact where the log-sum-exp is large and has few digits
-            d_v.addmm_(weight.T, d_rows)
-            d_scores = torch.mm(d_rows, v.T, out=flow[:count]).sub_(share[b, rows, None]).mul_(weight)
+            d_thin.addmm_(d_rows[rows, :-1].T, weight)
+            d_scores = torch.mm(d_rows[rows], thin, out=flow[:count]).mul_(weight)
             d_bias[b] += d_scores.sum(0)
-            d_y.addmm_(d_scores.T, x[rows])
+            d_y.addmm_(x[rows].T, d_scores)
             d_x = d_scores @ y
             d_row_scale[b, rows] = (d_x * source[b, rows]).sum(-1)
             d_source[b, rows] = _scaled(d_x, row_scale[b, rows]).to(d_source.dtype)
-        d_y /= _LOG2E
+        d_y = d_y.div_(_LOG2E).T
         d_column_scale[b] = (d_y * target[b]).sum(-1)
         d_target[b] = _scaled(d_y, column_scale[b]).to(d_target.dtype)
-        d_values[b] = d_v.to(d_values.dtype)
+        d_values[b] = d_thin.T.to(d_values.dtype)
     return d_source, d_target, d_values, d_row_scale, d_column_scale, d_bias
