@@ -145,14 +145,17 @@ class _Chunks:
         self.blocks, self.scale, self.dtype = blocks, scale * _LOG2E, torch.promote_types(query.dtype, torch.float32)
         self.query, self.key, self.value = blocks.of_queries(query), key, value
         self.logits = [blocks.at_window(blocks.of_queries(_rows_apart(t)), axis, step) for axis, t in enumerate(logits)]
-        self.masks = [blocks.masks(axis, masked, self.dtype) for axis in (0, 1)]
-        self.positions = bool(logits) or any(bool(mask.any()) for mask in self.masks)
+        masks = [blocks.masks(axis, masked, self.dtype) for axis in (0, 1)]
+        self.positions = bool(logits) or any(bool(mask.any()) for mask in masks)
+        rows, columns = (mask[:, None, None, None] for mask in masks)
+        self.masks = rows[:, None], columns
         w, self.widest = blocks.window, max(query.shape[-1], value.shape[-1])
         self.M, self.N = prod(self.query.shape[4:7]), w * w
         place = torch.arange(self.N)
         self.units = torch.cat([F.one_hot(place % w, w), F.one_hot(place // w, w)], -1).to(self.dtype)
         self.sizes = self._sizes()
         self.workspaces: dict[str, Tensor] = {}
+        self.strips: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def _sizes(self) -> list[int]:
         """Batches, heads and rows of blocks in a chunk: as many rows as fit, then heads, then batches."""
@@ -191,26 +194,30 @@ class _Chunks:
         a single row of blocks the windows are a view.
         """
         blocks, w = self.blocks, self.blocks.window
-        strips = self._strips(name, source.shape[-1])
-        strips = strips[tuple(slice(s.stop - s.start) for s in at)]
-        for i in range(at[2].stop - at[2].start):
-            first = (at[2].start + i) * blocks.block - blocks.halo
-            rows = source[at[0], at[1], max(first, 0) : first + w]
-            top, bottom = max(-first, 0), max(-first, 0) + rows.shape[2]
-            strip = strips[:, :, i]
-            strip[:, :, blocks.halo : blocks.halo + blocks.columns, top:bottom].copy_(rows.transpose(2, 3))
-            for outside in (strip[:, :, :, :top], strip[:, :, :, bottom:]):
-                outside.zero_()
-        strides = *strips.stride()[:3], blocks.block * strips.stride(3), *strips.stride()[4:]
-        view = strips.as_strided((*strips.shape[:3], self.query.shape[3], self.N, source.shape[-1]), strides)
-        return view.reshape(-1, self.N, source.shape[-1])
+        strips, windows = self._strips(name, source.shape[-1], tuple(s.stop - s.start for s in at))
+        batch, heads, here = at
+        for i in range(here.stop - here.start):
+            first = (here.start + i) * blocks.block - blocks.halo
+            rows = source[batch, heads, max(first, 0) : first + w].transpose(2, 3)
+            top, bottom = max(-first, 0), max(-first, 0) + rows.shape[3]
+            strips[:, :, i, blocks.halo : blocks.halo + blocks.columns, top:bottom] = rows
+            if bottom - top < w:
+                strips[:, :, i, :, :top] = 0
+                strips[:, :, i, :, bottom:] = 0
+        return windows.reshape(-1, self.N, source.shape[-1])
 
-    def _strips(self, name: str, width: int) -> Tensor:
-        """(B, H, n, m * block + 2 * halo, w, X) of a chunk; what lies left and right of the map stays zero."""
-        if name not in self.workspaces:
-            columns = self.query.shape[3] * self.blocks.block + 2 * self.blocks.halo
-            self.workspaces[name] = torch.zeros(*self.sizes, columns, self.blocks.window, width, dtype=self.dtype)
-        return self.workspaces[name]
+    def _strips(self, name: str, width: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """For a chunk of such sizes (B, H, n, m * block + 2 * halo, w, X), and the windows in it (B, H, n, m, N, X).
+
+        What lies left and right of the map stays zero.
+        """
+        if (name, sizes) not in self.strips:
+            blocks, m = self.blocks, self.query.shape[3]
+            strips = torch.zeros(*sizes, m * blocks.block + 2 * blocks.halo, blocks.window, width, dtype=self.dtype)
+            *outer, column, place, x = strips.stride()
+            shape, strides = (*sizes, m, self.N, width), (*outer, blocks.block * column, place, x)
+            self.strips[name, sizes] = strips, strips.as_strided(shape, strides)
+        return self.strips[name, sizes]
 
     def queries(self, at: Chunk) -> Tensor:
         """(Z, M, D)"""
@@ -223,11 +230,14 @@ class _Chunks:
             return torch.baddbmm(out, query, key.mT, beta=0, alpha=self.scale, out=out)
         w, shape = self.blocks.window, self.query[at].shape[:-1]
         terms = self.workspace("logits", len(query), self.M, 2 * w)
-        for axis, rows in enumerate((at[2], slice(None))):
-            term = terms.view(*shape, 2, w)[..., axis, :]
-            mask = self.masks[axis][rows].view(-1, *(() if axis else (1,)), 1, 1, 1, w)
-            term.copy_(mask) if not self.logits else torch.add(self.logits[axis][at], mask, out=term)
-        torch.mm(terms.mul_(_LOG2E).view(-1, 2 * w), self.units.T, out=out.view(-1, self.N))
+        for axis, term in enumerate(terms.view(*shape, 2, w).unbind(-2)):
+            mask = self.masks[axis][at[2]] if axis == 0 else self.masks[axis]
+            if self.logits:
+                torch.add(self.logits[axis][at], mask, out=term)
+            else:
+                term.copy_(mask)
+        flat = out.view(-1, self.N)
+        torch.addmm(flat, terms.view(-1, 2 * w), self.units.T, beta=0, alpha=_LOG2E, out=flat)
         return out.baddbmm_(query, key.mT, alpha=self.scale)
 
 
