@@ -24,13 +24,19 @@ class _Softmax:
     """A running softmax over sources: unnormalised mixes of S queries, each (t, D), and their tops and sums (t, S)."""
 
     def __init__(self, mixes: Tensor) -> None:
-        S, t, _ = mixes.shape
-        self.mixes, self.top, self.total = mixes.zero_(), mixes.new_full((t, S), -torch.inf), mixes.new_zeros((t, S))
+        self.mixes = mixes
+        self.top: Tensor | None = None
+        self.total = mixes.new_ones((mixes.shape[1], mixes.shape[0]))
 
     def add(self, scores: Tensor, values: list[Tensor], shares: Tensor | None = None) -> None:
         """One more value for every query, weighted by exp(score) and, if given, by its share (t, 1)."""
+        if self.top is None:
+            self.top = scores
+            for mix, value in zip(self.mixes, values, strict=True):
+                mix.copy_(value) if shares is None else torch.mul(value, shares, out=mix)
+            return
         above = scores - self.top
-        if (above > _FAR).any():  # and so at the first source
+        if (above > _FAR).any():
             top = torch.maximum(self.top, scores)
             shrink = torch.exp(self.top - top)
             self.total *= shrink
@@ -43,10 +49,11 @@ class _Softmax:
         for mix, value, weight in zip(self.mixes, values, weights.T.unsqueeze(-1), strict=True):
             mix.addcmul_(value, weight)
 
-    def end(self) -> Tensor:
-        """Normalise the mixes; returns the log-sum-exp (t, S)."""
-        self.mixes /= self.total.T.unsqueeze(-1)
-        return self.total.log() + self.top
+    def end(self, lse: Tensor) -> None:
+        """Normalise the mixes and write the log-sum-exp (S, t)."""
+        self.mixes *= self.total.reciprocal().T.unsqueeze(-1)
+        if self.top is not None:
+            torch.add(self.total.log(), self.top, out=lse.T)
 
 
 def forward(
@@ -72,7 +79,7 @@ def forward(
         if state_out is not None and state_lse is not None:
             before = state_lse[:, tile].to(queries.dtype)
             softmax.add(before.T, list(_seen(state_out[:, tile], before)))
-        lse[:, tile] = softmax.end().T
+        softmax.end(lse[:, tile])
         if dtype != queries.dtype:
             out[:, tile] = softmax.mixes
     return out, lse, scores, inverse
