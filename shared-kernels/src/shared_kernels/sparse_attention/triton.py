@@ -327,9 +327,9 @@ TILES: TileTable = {
     "sm_89": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
     "sm_90": _FLOAT32
     | {
-        "forward": _FORWARD | {128: Tile(128, 64, 8, 2)},
+        "forward": _FORWARD | {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
         "dq": _DQ | {128: Tile(128, 64, 8, 2)},
-        "dkv": _DKV | {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
+        "dkv": _DKV | {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
     },
     "sm_100": _FLOAT32
     | {
