@@ -269,6 +269,7 @@ SPEC = OpSpec(
     ),
     launches=launches,
     cost=cost,
+    spill_allowed={"sm_120": 64},  # heads of 128, one sweep of four
     largest=_largest,
 )
 

@@ -240,7 +240,7 @@ def tiles(D: int, E: int, where: str, *, wide: bool, exact: bool) -> dict[str, i
         return {"PIECE": 256, "CHUNK": 16, "BLOCK_E": 32, "num_warps": 8, "num_stages": 1}
     odd = D % 16 > 0 or E % 16 > 0  # loads that cannot be vectorised take more registers
     if odd or (exact and D > 64):
-        return {"PIECE": 128, "CHUNK": 32, "BLOCK_E": 32, "num_warps": 8, "num_stages": 2}
+        return {"PIECE": 128, "CHUNK": 32, "BLOCK_E": 32, "num_warps": 8, "num_stages": 1 if exact else 2}
     return {"PIECE": 128, "CHUNK": 64, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
 
 
