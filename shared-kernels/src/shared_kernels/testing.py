@@ -50,8 +50,10 @@ class Make:
 
     def normal(self, *shape: int, scale: float = 1.0, wide: bool = False) -> Tensor:
         """Normal numbers; `wide` keeps at least float32, as parameters are kept beside bfloat16 activations."""
-        numbers = scale * torch.randn(shape, generator=self._generator, dtype=torch.float64)
         dtype = torch.promote_types(self.dtype, torch.float32) if wide else self.dtype
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        numbers = scale * torch.randn(shape, generator=self._generator, dtype=torch.float64)
         return numbers.to(dtype).to(self.device)
 
     def transposed(self, *shape: int, scale: float = 1.0) -> Tensor:
