@@ -1,9 +1,10 @@
 """weighted_cross_entropy on CPUs: logits in tiles of 8 MiB, some tokens by a part of the vocabulary, one after another.
 
-The forward pass keeps a running maximum and sum per token. Backward every tile is computed again and turned in place
-into the gradient of its logits, then multiplied with the part of the weight and the tokens it came from. Ignored tokens
-are left out before anything is computed. The vocabulary is the outer loop, so that a part of a bfloat16 weight is
-widened once; hidden states carry log2(e), which saves a pass, as `exp2` is several times faster than `exp`.
+`forward` keeps a running maximum and sum per token. `backward` computes every tile again and turns it in place into the
+gradient of its logits, then multiplies it with the part of the weight and the tokens it came from. `total` does all at
+once, with tiles as wide as the vocabulary. Ignored tokens are left out before anything is computed. The vocabulary is
+the outer loop, so that a part of a bfloat16 weight is widened once; hidden states carry log2(e), which saves a pass, as
+`exp2` is several times faster than `exp`.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 _TOKENS, _VOCABULARY = 512, 4_096  # of a tile; smaller ones multiply slower, larger ones leave the cache
+_SWEPT = 1 << 23  # logits at once where the whole vocabulary is needed, for as many tokens as that allows
+_FEWEST = 64  # but not fewer tokens: with each of them the gradient of the weight is gone through once
 _LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
 
@@ -93,10 +96,11 @@ def backward(
     factor = d_losses[counted.rows, None] * _LN2  # what the hidden states of the products have too much
     top, total = softmax[:, counted.rows].unsqueeze(-1)
     d_hidden = torch.zeros_like(counted.hidden) if hidden_too else None
-    d_weight = weight.new_empty(weight.shape if weight_too else 0)
+    make = weight.new_empty if len(counted.rows) else weight.new_zeros  # written by the first tokens
+    d_weight = make(weight.shape if weight_too else 0)
     d_bias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     for part, part_weight, part_bias in counted.parts():
-        d_part = torch.zeros_like(part_weight) if weight_too else None
+        d_part = d_weight[part].to(counted.acc) if weight_too else None  # itself, if it is wide enough
         d_part_bias = None if bias is None else part_weight.new_zeros(len(part_weight))
         for some, logits in counted.tiles(part_weight, part_bias):
             d_logits = logits.sub_(top[some]).sub_(total[some]).exp2_()
@@ -105,10 +109,10 @@ def backward(
             if d_hidden is not None:
                 d_hidden[some].addmm_(d_logits, part_weight)
             if d_part is not None:
-                d_part.addmm_(d_logits.T, counted.hidden[some])
+                d_part.addmm_(d_logits.T, counted.hidden[some], beta=int(some.start > 0))
             if d_part_bias is not None:
                 d_part_bias += d_logits.sum(0)
-        if d_part is not None:
+        if d_part is not None and d_part.dtype != d_weight.dtype:
             d_weight[part] = d_part
         if d_part_bias is not None:
             d_bias[part] = d_part_bias * _LOG2E
@@ -116,3 +120,55 @@ def backward(
     if d_hidden is not None:
         d_all[counted.rows] = d_hidden.mul_(_LOG2E).to(hidden.dtype)
     return d_all, d_weight, d_bias
+
+
+def total(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor,
+    ignore_index: int,
+    hidden_too: bool,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of weighted losses, the losses, and the gradients of that sum, all in float32 or float64.
+
+    Some tokens at a time with the whole vocabulary: their logits are turned into the gradients on the spot.
+    """
+    counted = _Counted(hidden, weight, bias, targets, ignore_index)
+    _check_targets(counted.targets, len(weight), ignore_index)
+    wide, factor = weight.to(counted.acc), token_weights[counted.rows, None]
+    wide_bias = None if bias is None else bias.to(counted.acc) * _LOG2E
+    own, d_hidden = counted.hidden.new_empty(len(counted.rows)), torch.empty_like(counted.hidden)
+    make = wide.new_empty if len(counted.rows) else wide.new_zeros  # written by the first tokens
+    d_weight, d_bias = make(wide.shape if weight_too else 0), wide.new_zeros(0 if bias is None else len(weight))
+    step = max(_FEWEST, _SWEPT // len(weight))
+    buffer = wide.new_empty(min(step, len(counted.rows)), len(weight))
+    for start in range(0, len(counted.rows), step):
+        some = slice(start, min(start + step, len(counted.rows)))
+        logits = torch.mm(counted.hidden[some], wide.T, out=buffer[: some.stop - start])
+        if wide_bias is not None:
+            logits += wide_bias
+        logits -= logits.amax(1, keepdim=True)
+        at = (torch.arange(len(logits)), counted.targets[some])
+        hit = logits[at]
+        sums = logits.exp2_().sum(1)
+        own[some] = (sums.log2() - hit) * _LN2
+        d_logits = logits.mul_(factor[some] / sums[:, None])
+        d_logits[at] -= factor[some, 0]
+        if hidden_too:
+            torch.mm(d_logits, wide, out=d_hidden[some])
+        if weight_too:
+            d_weight.addmm_(d_logits.T, counted.hidden[some], alpha=_LN2, beta=int(start > 0))
+        if bias is not None:
+            d_bias += d_logits.sum(0)
+    losses, d_all = own.new_zeros(targets.shape), own.new_zeros(hidden.shape if hidden_too else 0)
+    losses[counted.rows] = own
+    if hidden_too:
+        d_all[counted.rows] = d_hidden
+    return torch.dot(own, factor[:, 0]), losses, d_all, d_weight, d_bias
+
+
+def total_backward(d_total: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.mul(d_total, d, out=d.new_empty(d.shape)) for d in gradients]

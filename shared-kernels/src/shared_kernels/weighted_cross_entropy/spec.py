@@ -47,7 +47,8 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
                 **_sample(make, 1_037, 5_003, 8, ignored=5),
                 "token_weights": make.normal(1_037, wide=True),
                 "bias": make.normal(5_003),
-            }
+            },
+            "several tiles summed": {**_sample(make, 2_003, 5_003, 4, ignored=6), "reduction": "sum"},
         }
     if size == "real":
         return {
@@ -127,6 +128,11 @@ def _logits(sample: Sample) -> int:
     return len(sample["targets"]) * len(sample["weight"])
 
 
+def _tile(sample: Sample) -> int:
+    summed = sample.get("reduction") in ("sum", "mean")
+    return max(1 << 23, 64 * len(sample["weight"])) if summed else 512 * 4_096
+
+
 def cost(sample: Sample) -> tuple[int, int]:
     (T, D), V = sample["hidden"].shape, sample["weight"].shape[0]
     return 2 * T * D * V, (T + V) * D * sample["hidden"].element_size()
@@ -185,14 +191,17 @@ SPEC = OpSpec(
     library_ops=(
         torch.ops.shared_kernels.weighted_cross_entropy.default,
         torch.ops.shared_kernels.weighted_cross_entropy_backward.default,
+        torch.ops.shared_kernels.weighted_cross_entropy_total.default,
+        torch.ops.shared_kernels.weighted_cross_entropy_total_backward.default,
     ),
     launches=launches,
+    spill_allowed={"sm_89": 8, "sm_100": 8, "sm_120": 8},  # float32
     cost=cost,
     # the inputs once, and a tile of logits that tokens and vocabulary do not change
     largest=lambda sample: max(
         sample["hidden"].numel(),
         sample["weight"].numel(),
-        min(512 * 4_096, _logits(sample)),
+        min(_tile(sample), _logits(sample)),
         2 * len(sample["targets"]),
     ),
 )

@@ -24,7 +24,8 @@ _TILES = {  # tokens, words, width, warps, stages
     "sm_100": (128, 128, 64, 8, 3),
     "gfx942": (128, 128, 32, 8, 2),
 }
-_SMALL = (128, 128, 32, 8, 3)
+_SMALL = (128, 128, 32, 8, 3)  # also where rows of memory cannot be copied whole and pass through registers
+_FLOAT32 = (64, 64, 32, 8, 3)  # operands are split into three parts
 
 
 @triton.jit
@@ -104,10 +105,12 @@ class _Launch(NamedTuple):
 
 def _launch(hidden: Tensor, bias: Tensor | None) -> _Launch:
     no_float64(hidden)
-    device = target(hidden)
-    tokens, words, width, warps, stages = _TILES.get(device, _SMALL)
-    if device != "interpreter" and (hidden.dtype == torch.float32 or hidden.shape[1] % 16):
-        width = min(width, 32)  # twice the bytes, or rows that cannot be copied whole and pass through registers
+    device, tile = target(hidden), _TILES.get(target(hidden), _SMALL)
+    if device != "interpreter" and hidden.dtype == torch.float32:
+        tile = _FLOAT32
+    elif device != "interpreter" and hidden.shape[1] % 16:
+        tile = min(tile, _SMALL)
+    tokens, words, width, warps, stages = tile
     constants = {
         "BLOCK_T": tokens, "BLOCK_V": words, "BLOCK_D": width, "HAS_BIAS": bias is not None,
         "PRECISION": dot_precision(hidden), "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
@@ -175,3 +178,24 @@ def backward(
         if weight_too:
             d_weight[word : word + _VOCABULARY] = d_part
     return d_hidden.to(hidden.dtype), d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+def total(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor,
+    ignore_index: int,
+    hidden_too: bool,
+    weight_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One after the other: logits that are kept for both would have to be rounded to the dtype of the inputs."""
+    losses, softmax = forward(hidden, weight, bias, targets, ignore_index)
+    gradients = backward(token_weights, hidden, weight, bias, targets, softmax, ignore_index, hidden_too, weight_too)
+    d_hidden, d_weight, d_bias = (d.float() for d in gradients)
+    return torch.dot(losses, token_weights), losses, d_hidden, d_weight, d_bias
+
+
+def total_backward(d_total: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.mul(d_total, d, out=d.new_empty(d.shape)) for d in gradients]
