@@ -1,8 +1,8 @@
 """Scores of query rows with all their keys on CPUs, one tile after another in one buffer.
 
 A tile is a few rows of one head, or several heads if there is little to do for each, times every key that its rows may
-see: about 2 MiB, so that the passes over it run in cache while the matrix products are large enough. Scores are to base
-2 (exp2 takes a quarter of the time of exp), in float32 at least.
+see: a few MiB, so that the passes over it run in cache while the matrix products are large enough. Scores are to base 2
+(exp2 takes a quarter of the time of exp), in float32 at least.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from shared_kernels._visible import visible_keys
 HIDDEN = -1e30
 """The score of a key that a row does not see: 2^HIDDEN is 0, and unlike -inf it makes no NaN of a product with 0."""
 
-_TILE = 1 << 19  # scores
 _FEWEST_ROWS = 32  # of fewer, products with very many keys are slow
 _SAFE_EXPONENT = 50.0  # sums of 2^(+-50) neither overflow nor vanish in float32
 
@@ -37,7 +36,8 @@ class Tile(NamedTuple):
 class ScoreTiles:
     """Scores of query (B, H, R, D) with key (B, Hkv, N, D), tile by tile.
 
-    `bounds` (B or 1, R, 2) limits the keys of each row, `key_mask` (B, N) masks keys, NaN in them included.
+    `bounds` (B or 1, R, 2) limits the keys of each row, `key_mask` (B, N) masks keys, NaN in them included. A tile has
+    about `size` scores.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class ScoreTiles:
         factor: float,
         bounds: Int[Tensor, "Bb R 2"] | None = None,
         key_mask: Bool[Tensor, "B N"] | None = None,
+        size: int = 1 << 19,
     ) -> None:
         self.B, self.H, self.R, D = query.shape
         self.N, self.group = key.shape[2], self.H // key.shape[1]
@@ -62,12 +63,12 @@ class ScoreTiles:
         # the largest score, by Cauchy and Schwarz
         largest = [float(t.norm(dim=-1).amax()) if t.numel() else 0.0 for t in (self.query, self.key)]
         self.small = largest[0] * largest[1] < _SAFE_EXPONENT
-        self.heads, self.rows = self._plan()
+        self.heads, self.rows = self._plan(size)
         self.buffer = self.query.new_empty(self.heads * self.rows * self.N)
 
-    def _plan(self) -> tuple[int, int]:
-        rows = max(1, min(self.R, max(_FEWEST_ROWS, _TILE // max(1, self.N))))
-        heads = max(1, min(self.B * self.H, _TILE // max(1, rows * self.N))) if rows >= self.R else 1
+    def _plan(self, size: int) -> tuple[int, int]:
+        rows = max(1, min(self.R, max(_FEWEST_ROWS, size // max(1, self.N))))
+        heads = max(1, min(self.B * self.H, size // max(1, rows * self.N))) if rows >= self.R else 1
         return heads, rows
 
     def __iter__(self) -> Iterator[Tile]:

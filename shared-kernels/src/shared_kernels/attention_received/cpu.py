@@ -12,11 +12,12 @@ from torch import Tensor
 from shared_kernels._score_tiles import HIDDEN, ScoreTiles, Tile, shift
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
+_TILE = 1 << 20  # scores; larger than where more happens to each of them
 _SUMMED = 64  # rows that are summed in float32
 
 
 def _tiles(query: Tensor, key: Tensor, bounds: Tensor | None, key_mask: Tensor | None, scale: float) -> ScoreTiles:
-    return ScoreTiles(query, key, factor=scale * _LOG2E, bounds=bounds, key_mask=key_mask)
+    return ScoreTiles(query, key, factor=scale * _LOG2E, bounds=bounds, key_mask=key_mask, size=_TILE)
 
 
 def _weigh(tile: Tile, tiles: ScoreTiles, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -276,7 +276,7 @@ def largest(sample: Sample) -> int:
     B, H = query.shape[:2]
     columns = B * H * key.shape[2] * 2  # float64 in a tensor that is counted in float32
     mass = sample.get("num_groups", 0) * B * max(H * query.shape[2], key.shape[2])
-    return max(query.numel(), key.numel() * (H // key.shape[1]), columns, mass, 1 << 19)
+    return max(query.numel(), key.numel() * (H // key.shape[1]), columns, mass, 1 << 20)
 
 
 _OTHER_SHAPES: dict[str, tuple[Sample, type[Exception], str]] = {
