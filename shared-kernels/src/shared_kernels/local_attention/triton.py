@@ -265,16 +265,15 @@ _FORWARD = {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8
 _DQ = {64: Tile(64, 32, 4, 2), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)}
 _DKV = {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1), 512: Tile(16, 16, 8, 1)}
 _ONE_TILE = {512: Tile(32, 64, 4, 1)}
+_FEWER_KEYS = {256: Tile(16, 32, 8, 1)}
 TILES: TileTable = {
     "interpreter": {"forward": _ONE_TILE, "dq": _ONE_TILE, "dkv": _ONE_TILE},
-    **{
-        target: {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
-        for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-    },
+    **{target: {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV} for target in ("sm_80", "sm_90", "sm_100")},
+    **{target: {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV | _FEWER_KEYS} for target in ("sm_89", "sm_120")},
     "gfx942": {
         "forward": _FORWARD | {256: Tile(16, 32, 8, 1)},
         "dq": _DQ | {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
-        "dkv": _DKV | {64: Tile(64, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
+        "dkv": _DKV | _FEWER_KEYS | {64: Tile(64, 32, 4, 2)},
     },
 }
 
