@@ -222,8 +222,8 @@ def _choose(
         if len(given) == 0:
             best = weight.masked_fill(~mask, -torch.inf).argmax()
             given = torch.tensor([_most_isolated(features, mask)]) if isolated else best[None]
-    if len(given):
-        rule.take(given)
+    for some in given.split(_ROWS):
+        rule.take(some)
     return _greedy(rule, mask, given.tolist(), num_kept)
 
 

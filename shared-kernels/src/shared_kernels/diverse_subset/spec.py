@@ -226,6 +226,7 @@ SPEC = OpSpec(
         "another metric": ({"metric": "l1"}, ValueError, "metric must be one of cosine, euclidean, got"),
         "weights of another size": ({"weight": torch.ones(3, 36)}, ValueError, r"weight must have shape \(3, 37\)"),
         "whole weights": ({"weight": _ONES.long()}, TypeError, "weight must be of a floating-point dtype"),
+        "negative weights": ({"weight": -_ONES}, ValueError, "weight must not be negative, got -1.0"),
         "mask of numbers": ({"mask": _ONES}, TypeError, "mask must be of dtype bool, got torch.float32"),
         "another device": ({"mask": torch.ones(3, 37, device="meta")}, ValueError, "must be on the device of features"),
         "another first": ({"first": "random"}, ValueError, "or indices, got .+random"),

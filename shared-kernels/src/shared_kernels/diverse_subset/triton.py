@@ -113,7 +113,7 @@ def _distances(x: Tensor, kind: int) -> Tensor:
     blocks = triton.cdiv(N, block)
     diverse_subset_kernel_distances[(blocks, blocks, B)](
         x, squared, out, N, D, x.stride(0), x.stride(1), KIND=kind, PRECISION=dot_precision(x),
-        BLOCK_N=block, BLOCK_D=min(32, width(D)), num_warps=4, num_stages=3, enable_fp_fusion=True,
+        BLOCK_N=block, BLOCK_D=min(32, width(D)), num_warps=8, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
