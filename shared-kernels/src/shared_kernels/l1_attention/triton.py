@@ -262,7 +262,7 @@ def l1_attention_bwd_kernel_key(
 
 
 _FORWARD = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
-_BACKWARD = {64: Tile(64, 32, 4, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
+_BACKWARD = {64: Tile(32, 32, 4, 2), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)}
 _NARROW = {"forward": {64: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)}, "backward": {256: Tile(16, 32, 4, 1)}}
 _TABLE = {"forward": _FORWARD, "backward": _BACKWARD}
 TILES: TileTable = {
