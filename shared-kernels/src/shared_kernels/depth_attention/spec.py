@@ -261,7 +261,7 @@ SPEC = OpSpec(
         torch.ops.shared_kernels.depth_attention_backward.default,
     ),
     launches=launches,
-    # nine float32 sources of width 7,168, which the compiler loads ahead; in bfloat16 16 bytes at most, on sm_80 and sm_89
+    # nine float32 sources of width 7,168, which the compiler loads ahead; in bfloat16 at most 16 bytes, on sm_80, sm_89
     spill_allowed={"sm_80": 376, "sm_89": 424, "sm_90": 1_160, "sm_100": 1_392, "sm_120": 480, "gfx942": 112},
     cost=cost,
     # a result for every query; never two sources in one tensor
