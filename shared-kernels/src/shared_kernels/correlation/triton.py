@@ -177,7 +177,8 @@ def _tile(source: Tensor, E: int) -> tuple[int, int, int]:
         return 32, 32, 32  # small samples shall have several
     if source.element_size() == 2 and E <= 4:
         return 64, 64, 128
-    return (32, 32, 64) if target == "gfx942" else (32, 64, 64)
+    small = target == "gfx942" or (E > 4 and target in ("sm_89", "sm_120"))
+    return (32, 32, 64) if small else (32, 64, 64)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
