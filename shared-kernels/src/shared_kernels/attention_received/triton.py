@@ -368,7 +368,7 @@ def _statistics(
     shape = (launch.B, launch.H, launch.R)
     entropies = launch.empty(*shape) if entropy else launch.empty(0)
     mass = launch.empty(*shape, num_groups)
-    constants = launch.constants("rows")
+    constants = launch.constants("rows" if labels is None else "given")
     splits, keys = (1, max(1, launch.Nk))
     if labels is None and not entropy and launch.Nk:
         splits, keys = launch.splits(constants["BLOCK_M"], constants["BLOCK_N"])
