@@ -31,8 +31,7 @@ def scores_at(
         return query.new_zeros((Z, R, n))
     starts = torch.arange(0, rows * n + 1, n, dtype=flat.dtype, device=flat.device)
     values = query.new_zeros(rows * n)
-    # nothing but sparse tensors in here, which modes that look at the memory of results cannot handle
-    with warnings.catch_warnings(), torch._C._DisableTorchDispatch():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         size = (rows, key.shape[0] * key.shape[1])
         pattern = torch.sparse_csr_tensor(starts, flat, values, size, check_invariants=False)

@@ -249,6 +249,6 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.layout == torch.strided:  # what is sparse has a dense tensor of its values
                 self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
         return result
