@@ -24,6 +24,8 @@ from geo_yield.histograms import HistogramStore
 from geo_yield.sentinel2 import DEFAULT_BANDS
 
 APP = Path(__file__).resolve().parents[1] / "apps" / "yield_predict.py"
+pytestmark = pytest.mark.xdist_group("app")  # one demonstration serves all
+
 COMMANDS = ("simulate", "prepare", "train", "select-operator", "evaluate", "predict", "report")
 TINY = ["--counties", "2x3", "--seasons", "4", "--members", "2", "--steps", "4"]
 

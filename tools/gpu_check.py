@@ -76,7 +76,9 @@ def _test(package: str, op: str | None) -> str:
     path = os.pathsep.join([*_sources(), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(folder)]
+        # one process: workers would share the GPU, and a bare machine need not have the plugin
+        options = ["-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, str(folder)]
         command += ["-k", op] if op else []
         code = subprocess.run(command, cwd=claims.ROOT, env=os.environ | {"PYTHONPATH": path}).returncode
         if code == _NOTHING_COLLECTED:
