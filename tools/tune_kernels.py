@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import claims
@@ -95,12 +96,14 @@ def _tune_op(name: str, module: Any) -> None:
     from shared_kernels._tiles import target
     from shared_kernels.testing import Make
 
-    spec = importlib.import_module(f"shared_kernels.{name}.spec").SPEC
-    samples = spec.samples(Make(torch.bfloat16, "cuda"), "real")
+    module_of_spec = importlib.import_module(f"shared_kernels.{name}.spec")
+    specs = getattr(module_of_spec, "SPECS", None) or (module_of_spec.SPEC,)
+    make = Make(torch.bfloat16, "cuda")
+    samples = {f"{s.name} {k}": (s, sample) for s in specs for k, sample in s.samples(make, "real").items()}
     gpu = target(torch.empty(0, device="cuda"))
     print(f"{name} on {torch.cuda.get_device_name()}, {gpu}, torch {torch.__version__}")
     found: dict[str, dict[int, Any]] = {}
-    for row in tuned_rows(module.TILES[gpu], lambda sample: _run(spec, sample), samples, milliseconds):
+    for row in tuned_rows(module.TILES[gpu], lambda case: _run(*case), samples, milliseconds):
         change = f"{row.before}  {row.time_before:.3f} ms -> {row.after}  {row.time_after:.3f} ms"
         print(f"  {row.kernel}, up to {row.columns}: {change}", flush=True)
         found.setdefault(row.kernel, {})[row.columns] = row.after
@@ -140,7 +143,12 @@ def tuned_rows(
             for columns in _rows_used(table, kernel, run, sample):
                 users.setdefault(columns, []).append(sample)
         for columns, mine in sorted(users.items()):
-            yield _tuned(table, kernel, columns, clock, lambda mine=mine: [run(sample) for sample in mine])
+            yield _tuned(table, kernel, columns, clock, partial(_run_all, run, mine))
+
+
+def _run_all(run: Callable[[Any], None], samples: list[Any]) -> None:
+    for sample in samples:
+        run(sample)
 
 
 def _rows_used(table: dict[str, dict[int, Any]], kernel: str, run: Callable[[Any], None], sample: Any) -> set[int]:
