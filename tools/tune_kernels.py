@@ -134,7 +134,7 @@ def milliseconds(call: Callable[[], None]) -> float:
 
 
 def tuned_rows(
-    table: dict[str, dict[int, Any]], run: Callable[[Any], None], samples: dict[str, Any], clock: Clock
+    table: dict[str, dict[int, Any]], run: Callable[[Any], Any], samples: dict[str, Any], clock: Clock
 ) -> Iterator[Row]:
     """Tune every row that a sample uses; `table` is one target's, and is as before when this ends."""
     for kernel in list(table):
@@ -146,12 +146,11 @@ def tuned_rows(
             yield _tuned(table, kernel, columns, clock, partial(_run_all, run, mine))
 
 
-def _run_all(run: Callable[[Any], None], samples: list[Any]) -> None:
-    for sample in samples:
-        run(sample)
+def _run_all(run: Callable[[Any], Any], samples: list[Any]) -> list[Any]:
+    return [run(sample) for sample in samples]
 
 
-def _rows_used(table: dict[str, dict[int, Any]], kernel: str, run: Callable[[Any], None], sample: Any) -> set[int]:
+def _rows_used(table: dict[str, dict[int, Any]], kernel: str, run: Callable[[Any], Any], sample: Any) -> set[int]:
     rows = table[kernel]
     table[kernel] = noticed = _Noticed(rows)
     try:
