@@ -76,7 +76,7 @@ def claim_files():
         yield pytest.param(file, marks=marks, id=f"{file.parents[1].name}/{file.stem}")
 
 
-@pytest.mark.parametrize("file", claim_files())
+@pytest.mark.parametrize("file", list(claim_files()))
 def test_claim_at_its_smallest_size(file):
     """The rivals agree where they must, each runs, and the targets are at points of the sweep."""
     claim = claims.load(file)
