@@ -44,6 +44,7 @@ def rows_that_see(bounds, stride, batch, start, end, R):
 
 @triton.jit
 def keys_there(key_mask, batch, keys, Nk):
+    """Which of these keys are tokens: inside the sequence, and not masked."""
     there = (keys >= 0) & (keys < Nk)
     if key_mask is not None:
         there &= tl.load(key_mask + batch * Nk + keys, mask=there, other=0) != 0

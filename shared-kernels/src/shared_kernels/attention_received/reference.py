@@ -59,6 +59,7 @@ def log_sum_exp(s: Tensor, visible: Tensor) -> Tensor:
 
 
 def probabilities(s: Tensor, visible: Tensor, lse: Tensor) -> Tensor:
+    """exp(s - lse) at visible keys, 0 elsewhere and in rows without any."""
     none = (lse == -torch.inf)[..., None]
     return torch.exp(s.masked_fill(~visible, -torch.inf) - lse[..., None].masked_fill(none, 0))
 

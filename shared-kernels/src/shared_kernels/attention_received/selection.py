@@ -25,6 +25,7 @@ class Chosen(NamedTuple):
 def choose(
     query: Tensor, key: Tensor, *, rows: Rows, heads: Sequence[int] | None, causal: bool, window: int | None
 ) -> Chosen:
+    """Take the chosen heads and rows out of query and key, and say which keys each row sees."""
     Nq, Nk = query.shape[2], key.shape[2]
     if heads is not None:
         group = query.shape[1] // key.shape[1]

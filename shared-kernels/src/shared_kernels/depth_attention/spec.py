@@ -50,30 +50,38 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             }
         }
     if size == "real":
-        widths = {"4,096": (4, 131, 4_096), "1,000": (10, 211, 1_000), "7,168": (9, 53, 7_168)}
-        return {
-            **{
-                f"width {name}": {
-                    "sources": _sources(make, *shape),
-                    "query": make.normal(shape[-1], wide=True, scale=0.03),
-                    "eps": 1e-6,
-                }
-                for name, shape in widths.items()
-            },
-            "phase one": {
-                "sources": _sources(make, 5, 130, 2_048),
-                "query": make.normal(6, 2_048, wide=True, scale=0.03),
+        return _real_samples(make)
+    return _small_samples(make)
+
+
+def _real_samples(make: Make) -> dict[str, Sample]:
+    widths = {"4,096": (4, 131, 4_096), "1,000": (10, 211, 1_000), "7,168": (9, 53, 7_168)}
+    return {
+        **{
+            f"width {name}": {
+                "sources": _sources(make, *shape),
+                "query": make.normal(shape[-1], wide=True, scale=0.03),
                 "eps": 1e-6,
-                "return_lse": True,
-            },
-            "phase two, width 8,192": {
-                "sources": _sources(make, 1, 67, 8_192),
-                "query": make.normal(8_192, wide=True, scale=0.01),
-                "state": _state(make, 67, 8_192),
-                "normed_values": True,
-                "eps": 1e-6,
-            },
-        }
+            }
+            for name, shape in widths.items()
+        },
+        "phase one": {
+            "sources": _sources(make, 5, 130, 2_048),
+            "query": make.normal(6, 2_048, wide=True, scale=0.03),
+            "eps": 1e-6,
+            "return_lse": True,
+        },
+        "phase two, width 8,192": {
+            "sources": _sources(make, 1, 67, 8_192),
+            "query": make.normal(8_192, wide=True, scale=0.01),
+            "state": _state(make, 67, 8_192),
+            "normed_values": True,
+            "eps": 1e-6,
+        },
+    }
+
+
+def _small_samples(make: Make) -> dict[str, Sample]:
     return {
         "direct": {
             "sources": _sources(make, 4, 2, 7, 37),

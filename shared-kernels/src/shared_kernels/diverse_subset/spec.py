@@ -51,6 +51,10 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             },
             "isolated": {"features": make.normal(1, 1511, 7), "num_kept": 3, "first": "isolated"},
         }
+    return _small_samples(make)
+
+
+def _small_samples(make: Make) -> dict[str, Sample]:
     short, fewer = _mask(make, 19, 6, 0, tokens=29), _mask(make, 31, 9, tokens=31)
     return {
         "weighted": {"features": make.normal(3, 37, 24), "num_kept": 11, "weight": _weight(make, 3, 37)},

@@ -87,6 +87,10 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
             "blocks": _positive(make, 1, 3, 4000, 128, 128)
             | {"normalizer": "clamp", "block_mask": _mask(make, 1, 3, 63, 63)},
         }
+    return _small_samples(make)
+
+
+def _small_samples(make: Make) -> dict[str, Sample]:
     return {
         "decay and states": _causal(make, 2, 2, 41, 24, 17, state=True),
         "no decay": _causal(make, 1, 1, 63, 16, 33, decay=None)

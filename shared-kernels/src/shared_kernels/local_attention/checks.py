@@ -28,6 +28,7 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -
 
 
 def check_float_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Raise TypeError or ValueError unless the tensor is floating-point and on query's device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -37,6 +38,7 @@ def check_float_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def check_whole_number(name: str, number: int, low: int) -> None:
+    """Raise TypeError on what is no int, ValueError on one below `low`."""
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name} must be a whole number, got {type(number).__name__}")
     if number < low:

@@ -87,6 +87,7 @@ def _scores(maps: _Maps, query: Tensor, key: Tensor, scale: float) -> Tensor:
 def neighborhood(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention to the k x k neighbours of every pixel."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     out, lse = query.new_empty((*query.shape[:4], value.shape[4])), query.new_empty(query.shape[:4], dtype=dtype)
     if query.numel() == 0:

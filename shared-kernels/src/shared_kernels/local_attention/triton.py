@@ -383,34 +383,18 @@ def _differentiate(
     options = _options(cut, "dq", query, value, first is not None)
     parts = triton.cdiv(options["SIDE"] ** 2, options["BLOCK_M"])
     local_attention_bwd_kernel_dq[(cut.tiles[0] * cut.tiles[1] * parts, B * H)](
-        *tensors,
-        result.query,
-        d_first,
-        d_second,
-        *strides,
-        *map_args,
-        cut.tiles[1],
-        *scales,
-        **options,
-        BLOCK_W=width(w),
-    )
+        *tensors, result.query, d_first, d_second, *strides, *map_args, cut.tiles[1], *scales,
+        **options, BLOCK_W=width(w),
+    )  # fmt: skip
     options = _options(cut, "dkv", query, value, first is not None)
     block, halo = options["BLOCK"], options["HALO"]
     start = halo - -(-halo // block) * block  # squares of keys begin where windows end
     key_tiles = [triton.cdiv(n - start, block) for n in cut.sides_k]
     parts = triton.cdiv(block**2, options["BLOCK_N"])
     local_attention_bwd_kernel_dkv[(key_tiles[0] * key_tiles[1] * parts, B * Hkv)](
-        *tensors,
-        result.key,
-        result.value,
-        *strides,
-        *map_args,
-        *cut.tiles,
-        key_tiles[1],
-        *scales,
-        **options,
-        FROM=start,
-    )
+        *tensors, result.key, result.value, *strides, *map_args, *cut.tiles, key_tiles[1], *scales,
+        **options, FROM=start,
+    )  # fmt: skip
     return result
 
 
