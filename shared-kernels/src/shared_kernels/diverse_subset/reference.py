@@ -1,5 +1,7 @@
 """The definition of diverse_subset in plain torch; the oracle of its tests."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -66,14 +68,12 @@ def _choose(rule: "_Rule", available: Tensor, given: list[int], chosen: Tensor) 
         rule.take(pick)
 
 
-class _Rule:
+class _Rule(Protocol):
     """What the next choice is made by."""
 
-    def scores(self) -> Tensor:
-        raise NotImplementedError
+    def scores(self) -> Tensor: ...
 
-    def take(self, pick: int) -> None:
-        raise NotImplementedError
+    def take(self, pick: int) -> None: ...
 
 
 class _MaxMin(_Rule):
