@@ -76,8 +76,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Done in an op's face, since a registered autocast would also cast what must stay wide, log-sum-exps and biases.
     """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(autocast_dtype(t)) for t in tensors)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that `autocast` gives the tensor; float64 and integers keep theirs."""
+    device = tensor.device.type
+    kept = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor.dtype if kept or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)

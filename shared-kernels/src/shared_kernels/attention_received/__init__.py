@@ -11,7 +11,7 @@ mass on a group of keys is a sum over its columns. "mean" divides by the rows th
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
-from shared_kernels._visible import check_tensor
+from shared_kernels._arguments import check_broadcasts, check_choice, check_optional, check_tensors
 from shared_kernels.attention_received import reference
 from shared_kernels.attention_received.given import attention_argmax, attention_given
 from shared_kernels.attention_received.selection import Rows, check_selection, choose, choose_rows
@@ -159,7 +159,7 @@ def attention_received(
     wide = torch.promote_types(query.dtype, torch.float32)
     query, key, bounds = choose(query, key, rows=rows, heads=heads, causal=causal, window=window)
     if row_weights is not None:
-        _check_broadcasts(row_weights, query.shape[:3])
+        check_broadcasts("row_weights", row_weights, *query.shape[:3])
         row_weights = row_weights.to(wide).expand(query.shape[:3])
     if lse is not None:
         lse = choose_rows(lse.to(wide), rows, heads)
@@ -194,14 +194,6 @@ def _weight_before(ends: Tensor, weights: Tensor | None, keys: Tensor) -> Tensor
     return torch.cat([sums.new_zeros(*shape[:2], 1), sums], -1).gather(-1, below)
 
 
-def _check_broadcasts(row_weights: Tensor, shape: torch.Size) -> None:
-    missing = len(shape) - row_weights.ndim
-    if missing < 0 or any(n not in (1, m) for n, m in zip(row_weights.shape, shape[missing:], strict=True)):
-        raise ValueError(
-            f"row_weights must have a shape that broadcasts to {tuple(shape)}, got {tuple(row_weights.shape)}"
-        )
-
-
 def _check_received(
     query: Tensor,
     key: Tensor,
@@ -211,12 +203,10 @@ def _check_received(
     reduce: str,
 ) -> tuple[int, int]:
     """First and last column, and the checks that attention_given has no need of."""
-    if reduce not in get_args(Reduction):
-        raise ValueError(f"reduce must be one of {', '.join(get_args(Reduction))}, got {reduce!r}")
+    check_choice("reduce", reduce, Reduction)
     if row_weights is not None:
-        check_tensor("row_weights", row_weights, tuple(getattr(row_weights, "shape", ())), query.device)
-    if lse is not None:
-        check_tensor("lse", lse, tuple(query.shape[:3]), query.device)
+        check_tensors({"row_weights": row_weights}, device=query.device)
+    check_optional("lse", lse, tuple(query.shape[:3]), query.device)
     if columns is None:
         return 0, key.shape[2]
     if not isinstance(columns, slice) or columns.step not in (None, 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
-from shared_kernels._visible import check_tensor
+from shared_kernels._arguments import check_choice, check_optional, check_whole_number
 from shared_kernels.attention_received import reference
 from shared_kernels.attention_received.selection import Rows, check_selection, choose
 
@@ -190,11 +190,9 @@ def attention_argmax(
 
 
 def _check_groups(key: Tensor, reduce: str, groups: Tensor | None, num_groups: int | None) -> None:
-    if reduce not in get_args(Statistic):
-        raise ValueError(f"reduce must be one of {', '.join(get_args(Statistic))}, got {reduce!r}")
+    check_choice("reduce", reduce, Statistic)
     if (groups is None) != (num_groups is None) or (groups is not None) != (reduce == "mass"):
         raise ValueError(f'groups and num_groups belong to reduce="mass", which needs both; got reduce={reduce!r}')
-    if groups is not None and num_groups is not None:
-        check_tensor("groups", groups, (key.shape[0], key.shape[2]), key.device, torch.int64)
-        if not 1 <= num_groups <= _MOST_GROUPS:
-            raise ValueError(f"num_groups must lie in [1, {_MOST_GROUPS}], got {num_groups}")
+    check_optional("groups", groups, (key.shape[0], key.shape[2]), key.device, torch.int64)
+    if num_groups is not None:
+        check_whole_number("num_groups", num_groups, 1, _MOST_GROUPS)

@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shared_kernels._visible import check_query_key, check_tensor, check_visibility, key_bounds
+from shared_kernels._arguments import (
+    WIDEST,
+    check_attention,
+    check_shape,
+    check_tensors,
+    check_visibility,
+    check_whole_number,
+)
+from shared_kernels._visible import key_bounds
 
 Rows = slice | Int[Tensor, "*B R"] | None
 """Query rows: a slice, or their numbers (int64), the same for all batches (R,) or for each (B, R); None is all."""
@@ -69,13 +77,12 @@ def check_selection(
     scale: float | None = None,
 ) -> None:
     """Raises TypeError or ValueError naming the argument. The numbers in `rows` are left to torch's own check."""
-    check_query_key(query, key, scale)
+    check_attention(query, key, scale=scale, widest=WIDEST)
     check_visibility(key, causal, window, key_mask)
     if isinstance(rows, Tensor):
-        shape = (query.shape[0], *rows.shape[1:]) if rows.ndim == 2 else (rows.numel(),)
-        check_tensor("rows", rows, shape, query.device, torch.int64)
+        check_tensors({"rows": rows}, torch.int64, device=query.device)
+        check_shape("rows", rows, *((query.shape[0], "R") if rows.ndim == 2 else ("R",)))
     elif not (rows is None or isinstance(rows, slice)):
         raise TypeError(f"rows must be a slice, a tensor of row numbers or None, got {type(rows).__name__}")
     for head in heads or ():
-        if not 0 <= head < query.shape[1]:
-            raise ValueError(f"heads must lie in [0, {query.shape[1]}), got {head}")
+        check_whole_number("heads", head, 0, query.shape[1] - 1)

@@ -280,23 +280,15 @@ def largest(sample: Sample) -> int:
 
 
 _OTHER_SHAPES: dict[str, tuple[Sample, type[Exception], str]] = {
-    "query without heads": ({"query": torch.ones(2, 37, 24)}, ValueError, r"query must be \(batch, heads, tokens"),
+    "query without heads": ({"query": torch.ones(2, 37, 24)}, ValueError, r"query must have shape \(batch, heads"),
     "integers": ({"query": torch.ones(2, 6, 37, 24, dtype=torch.int64)}, TypeError, "query must be of a floating"),
-    "key of another width": ({"key": torch.ones(2, 3, 53, 16)}, ValueError, "key must have batch 2 and head_dim 24"),
-    "key of another dtype": (
-        {"key": torch.ones(2, 3, 53, 24, dtype=torch.float64)},
-        ValueError,
-        "key must be torch.float32 on cpu like query, got torch.float64",
-    ),
-    "heads that do not divide": ({"key": torch.ones(2, 4, 53, 24)}, ValueError, "divides the 6 of query, got 4"),
-    "head that is not there": ({"heads": (1, 6)}, ValueError, r"heads must lie in \[0, 6\), got 6"),
+    "key of another width": ({"key": torch.ones(2, 3, 53, 16)}, ValueError, r"key must have shape \(2, heads, tokens"),
+    "key of another dtype": ({"key": torch.ones(2, 3, 53, 24, dtype=torch.float64)}, TypeError, "key must be of the"),
+    "heads that do not divide": ({"key": torch.ones(2, 4, 53, 24)}, ValueError, "heads of query must be a multiple of"),
+    "head that is not there": ({"heads": (1, 6)}, ValueError, "heads must be from 0 to 5, got 6"),
     "rows as number": ({"rows": 3}, TypeError, "rows must be a slice, a tensor of row numbers or None, got int"),
-    "rows of another batch": (
-        {"rows": torch.zeros(3, 5, dtype=torch.int64)},
-        ValueError,
-        r"rows must have shape \(2, 5\), got \(3, 5\)",
-    ),
-    "scale of zero": ({"scale": 0.0}, ValueError, "scale must be positive, got 0.0"),
+    "rows of another batch": ({"rows": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, r"rows must have shape \(2"),
+    "infinite scale": ({"scale": math.inf}, ValueError, "scale must be finite, got inf"),
     "window without causal": ({"causal": False, "window": 3}, ValueError, "window needs causal=True"),
     "window of none": ({"causal": True, "window": 0}, ValueError, "window must be at least 1, got 0"),
     "key mask of rows": (
@@ -352,7 +344,7 @@ GIVEN = OpSpec(
         "unknown statistic": ({"reduce": "max"}, ValueError, "reduce must be one of lse, entropy, mass"),
         "mass without groups": ({"groups": None}, ValueError, "groups and num_groups belong to"),
         "groups for an entropy": ({"reduce": "entropy"}, ValueError, "groups and num_groups belong to"),
-        "too many groups": ({"num_groups": 65}, ValueError, r"num_groups must lie in \[1, 64\], got 65"),
+        "too many groups": ({"num_groups": 65}, ValueError, "num_groups must be from 1 to 64, got 65"),
     },
     unsupported={"second derivative": "no autograd formula"},
     library_ops=(
@@ -370,7 +362,7 @@ ARGMAX = OpSpec(
     samples=argmax_samples,
     laws=(place_of_the_largest_score_by_hand,),
     refused={
-        "another width": ({"key": torch.ones(2, 3, 45, 16)}, ValueError, "key must have batch 2 and head_dim 40"),
+        "another width": ({"key": torch.ones(2, 3, 45, 16)}, ValueError, r"key must have shape \(2, heads, tokens"),
         "rows as number": ({"rows": 3}, TypeError, "rows must be a slice, a tensor of row numbers or None, got int"),
     },
     library_ops=(torch.ops.shared_kernels.attention_received_argmax.default,),

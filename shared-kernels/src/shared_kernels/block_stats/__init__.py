@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import TOKENS, check_optional, check_shape, check_tensors, check_whole_number
 from shared_kernels.block_stats import reference
 
 NAME = "block_stats"
@@ -87,28 +88,10 @@ def block_stats(x: Float[Tensor, "B H N D"], *, block_size: int, lengths: Int[Te
     Raises TypeError unless x is floating-point and lengths integer, ValueError on other shapes, devices, or a block
     size below 1.
     """
-    _check_arguments(x, block_size, lengths)
+    check_tensors({"x": x})
+    check_shape("x", x, *TOKENS)
+    check_whole_number("block_size", block_size, 1)
+    check_optional("lengths", lengths, (x.shape[0],), x.device, torch.int32, torch.int64)
     if _backend.forced == "reference":
         return BlockStats(*reference.block_stats(x, block_size=block_size, lengths=lengths))
     return BlockStats(*_forward(x, lengths, block_size))
-
-
-def _check_arguments(x: Tensor, block_size: int, lengths: Tensor | None) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a tensor of a floating-point dtype, got {given}")
-    if x.ndim != 4:
-        raise ValueError(f"x must be (batch, heads, tokens, head_dim), got {tuple(x.shape)}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if lengths is None:
-        return
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        given = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be a tensor of int32 or int64, got {given}")
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(
-            f"lengths must have shape {tuple(x.shape[:1])}, one for each sequence, got {tuple(lengths.shape)}"
-        )
-    if lengths.device != x.device:
-        raise ValueError(f"lengths must be on the device of x, {x.device}, got {lengths.device}")

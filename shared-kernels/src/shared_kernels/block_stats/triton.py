@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels._tiles import load_tile, store_tile, strided_rows, target
+from shared_kernels._tiles import load_tile, no_float64, store_tile, strided_rows, target
 
 
 @triton.jit
@@ -83,8 +83,7 @@ def _launch(
     x: Tensor, lengths: Tensor | None, block_size: int
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """Grid, sizes and constants of both kernels."""
-    if x.dtype == torch.float64:
-        raise TypeError("x must be float16, bfloat16 or float32 on a GPU, got torch.float64")
+    no_float64(x)
     B, H, N, D = x.shape
     num_blocks, tile = triton.cdiv(N, block_size), tiles(x)
     grid = (B * H * num_blocks, triton.cdiv(D, tile["BLOCK_D"]))

@@ -13,8 +13,7 @@ half precision are widened first, where they need any. Statistics are float32 at
 `values`: coordinates in bfloat16 would be off by a pixel.
 """
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +21,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    check_choice,
+    check_optional,
+    check_positive,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+)
 from shared_kernels.correlation import reference
 
 NAME = "correlation"
@@ -117,7 +124,7 @@ def correlation(
     how much of a source's probability is returned to it: exp of it is a confidence in [0, 1]. -inf without targets.
 
     Differentiable once in source, target and values, also through the log-sum-exp. Raises TypeError on what is not a
-    floating-point tensor, ValueError on other shapes, mixed devices or dtypes of features, or other options.
+    floating-point tensor and on features of mixed dtypes, ValueError on other shapes, mixed devices or other options.
     """
     values_of = source if softmax == "column" else target
     _check(source, target, values, values_of, softmax, temperature, eps, source_mask, target_mask)
@@ -196,31 +203,16 @@ def _check(
     source_mask: Any,
     target_mask: Any,
 ) -> None:
-    if softmax not in get_args(Softmax):
-        raise ValueError(f"softmax must be one of {', '.join(get_args(Softmax))}, got {softmax}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    for name, tensor in {"source": source, "target": target, "values": values}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != source.device:
-            raise ValueError(f"{name} must be on the device of source, {source.device}, got {tensor.device}")
-    if source.ndim != 3:
-        raise ValueError(f"source must be (B, N, D), got {tuple(source.shape)}")
-    B, _, D = source.shape
-    if target.ndim != 3 or target.shape[0] != B or target.shape[2] != D:
-        raise ValueError(f"target must be ({B}, M, {D}) as source is, got {tuple(target.shape)}")
-    if target.dtype != source.dtype:
-        raise ValueError(f"target must be of source's dtype, {source.dtype}, got {target.dtype}")
-    count = values_of.shape[1]
-    if values.shape[:-1] not in ((count,), (B, count)) or not 1 <= values.shape[-1] <= _MOST_VALUES:
-        raise ValueError(
-            f"values must be ({count}, E) or ({B}, {count}, E) with E of 1 to {_MOST_VALUES}, got {tuple(values.shape)}"
-        )
-    for name, mask, features in (("source_mask", source_mask, source), ("target_mask", target_mask, target)):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != features.shape[:2]):
-            raise ValueError(f"{name} must be bool {tuple(features.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+    check_choice("softmax", softmax, Softmax)
+    check_positive("temperature", temperature)
+    check_positive("eps", eps)
+    check_tensors({"source": source, "target": target, "values": values})
+    check_same_dtype({"source": source, "target": target})
+    check_shape("source", source, "B", "N", "D")
+    check_shape("target", target, source.shape[0], "M", source.shape[2])
+    (B, count), E = values_of.shape[:2], values.shape[-1]
+    check_shape("values", values, *((count, "E") if values.ndim == 2 else (B, count, "E")))
+    if not 1 <= E <= _MOST_VALUES:
+        raise ValueError(f"values must have 1 to {_MOST_VALUES} columns, got {E}")
+    check_optional("source_mask", source_mask, tuple(source.shape[:2]), source.device, torch.bool)
+    check_optional("target_mask", target_mask, tuple(target.shape[:2]), source.device, torch.bool)

@@ -18,6 +18,7 @@ from shared_kernels._tiles import (
     LOG2E,
     dot_precision,
     load_tile,
+    no_float64,
     softmax_end,
     softmax_step,
     store_tile,
@@ -161,8 +162,7 @@ def correlation_bwd_kernel_columns(
 
 
 def _options(source: Tensor, E: int) -> dict[str, Any]:
-    if source.dtype == torch.float64:
-        raise TypeError("features must be float16, bfloat16 or float32 on a GPU, got torch.float64")
+    no_float64(source)
     rows, columns, _ = _tile(source, E)
     sizes = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_D": min(32, width(source.shape[2]))}
     values = {"E": E, "PRECISION": dot_precision(source)}

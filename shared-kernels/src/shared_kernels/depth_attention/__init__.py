@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_optional, check_positive, check_shape, check_tensors
 from shared_kernels.depth_attention import reference
 
 NAME = "depth_attention"
@@ -176,27 +177,17 @@ def _check_arguments(
         raise ValueError(f"sources must be a list of at least one tensor, got {given}")
     if state is not None and len(state) != 2:
         raise ValueError(f"state must be (out, lse), got {len(state)} of them")
-    named = {f"sources[{i}]": source for i, source in enumerate(sources)} | {"query": query}
-    named |= {} if key_weight is None else {"key_weight": key_weight}
-    named |= {} if state is None else {"out of state": state[0], "lse of state": state[1]}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != sources[0].device:
-            raise ValueError(f"{name} must be on the device of sources[0], {sources[0].device}, got {tensor.device}")
-    shape = sources[0].shape
+    named = {f"sources[{i}]": source for i, source in enumerate(sources)}
+    check_tensors(named | {"query": query})
+    shape, device = sources[0].shape, sources[0].device
     if len(shape) == 0 or query.ndim not in (1, 2) or query.shape[-1] != shape[-1]:
         raise ValueError(
             f"query must be (D,) or (S, D) with sources (..., D), got {tuple(query.shape)}, {tuple(shape)}"
         )
-    expected = dict.fromkeys((name for name in named if name.startswith("sources")), tuple(shape))
-    expected["key_weight"] = tuple(query.shape)
-    expected["out of state"] = (*query.shape[:-1], *shape)
-    expected["lse of state"] = (*query.shape[:-1], *shape[:-1])
-    for name, tensor in named.items():
-        if name != "query" and tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}: a source of zeros has no direction")
+    for name, source in named.items():
+        check_shape(name, source, *shape)
+    check_optional("key_weight", key_weight, tuple(query.shape), device)
+    out, lse = state or (None, None)
+    check_optional("out of state", out, (*query.shape[:-1], *shape), device)
+    check_optional("lse of state", lse, (*query.shape[:-1], *shape[:-1]), device)
+    check_positive("eps", eps)  # a source of zeros has no direction without

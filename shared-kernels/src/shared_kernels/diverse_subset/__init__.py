@@ -16,7 +16,7 @@ the span of the chosen counts as lying in it, since float32 cannot tell, and com
 float32 at least. Choices have no gradient.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_choice, check_optional, check_shape, check_tensors, check_whole_number
 from shared_kernels.diverse_subset import reference
 
 NAME = "diverse_subset"
@@ -117,42 +118,23 @@ def diverse_subset(
 
 
 def _check_tensors(features: Tensor, weight: Any, first: Any, threshold: Any, mask: Any) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
-    if features.ndim != 3:
-        raise ValueError(f"features must be (B, N, D), got {tuple(features.shape)}")
-    given = {"features": features, "weight": weight, "mask": mask}
-    given |= {n: t for n, t in (("first", first), ("threshold", threshold)) if isinstance(t, Tensor)}
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != features.device:
-            raise ValueError(f"{name} must be on the device of features, {features.device}, got {tensor.device}")
-        if name == "first":
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"first must be of dtype int64, got {tensor.dtype}")
-            if tensor.ndim != 2 or tensor.shape[0] != features.shape[0] or tensor.shape[1] > features.shape[1]:
-                raise ValueError(
-                    f"first must be ({features.shape[0]}, at most {features.shape[1]}), got {tuple(tensor.shape)}"
-                )
-            continue
-        if name == "mask" and tensor.dtype != torch.bool:
-            raise TypeError(f"mask must be of dtype bool, got {tensor.dtype}")
-        if name != "mask" and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if name != "features" and tensor.shape != features.shape[:2]:
-            raise ValueError(f"{name} must have shape {tuple(features.shape[:2])}, got {tuple(tensor.shape)}")
+    check_tensors({"features": features})
+    check_shape("features", features, "B", "N", "D")
+    (B, N, _), device = features.shape, features.device
+    check_optional("weight", weight, (B, N), device)
+    check_optional("mask", mask, (B, N), device, torch.bool)
+    if isinstance(threshold, Tensor):
+        check_optional("threshold", threshold, (B, N), device)
+    if isinstance(first, Tensor):
+        check_optional("first", first, (B, "F"), device, torch.int64)
+        if first.shape[1] > N:
+            raise ValueError(f"first must name at most the {N} elements of a set, got {first.shape[1]}")
 
 
 def _check_options(num_kept: int, method: str, metric: str, first: Any, threshold: Any) -> None:
-    if not num_kept > 0:
-        raise ValueError(f"num_kept must be positive, got {num_kept}")
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+    check_whole_number("num_kept", num_kept, 1)
+    check_choice("method", method, Method)
+    check_choice("metric", metric, Metric)
     if not isinstance(first, Tensor):
         if first not in ("weight", "isolated"):
             raise ValueError(f"first must be 'weight', 'isolated' or indices, got {first!r}")

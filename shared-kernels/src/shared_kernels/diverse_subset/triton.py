@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels._tiles import dot_precision, load_tile, strided_rows, target, width
+from shared_kernels._tiles import dot_precision, load_tile, no_float64, strided_rows, target, width
 
 _NOTHING = 1e-5  # see the op's docstring
 _SWEEP = 4096  # elements that the choosing program handles at a time
@@ -158,8 +158,7 @@ def forward(
     metric: str,
     isolated: bool,
 ) -> Tensor:
-    if features.dtype == torch.float64:
-        raise TypeError("features must be float16, bfloat16 or float32 on a GPU, got torch.float64")
+    no_float64(features)
     B, N, _ = features.shape
     chosen = torch.empty((B, num_kept), dtype=torch.int64, device=features.device)
     if chosen.numel() == 0:

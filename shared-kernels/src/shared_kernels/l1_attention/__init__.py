@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
-from shared_kernels._visible import check_query_key, check_tensor, check_visibility, key_bounds
+from shared_kernels._arguments import WIDEST, check_attention, check_optional, check_positive, check_visibility
+from shared_kernels._visible import key_bounds
 from shared_kernels.l1_attention import reference
 
 __all__ = ["l1_attention"]
@@ -163,17 +164,9 @@ def _visible_count(query: Tensor, bounds: Tensor | None, key_mask: Tensor | None
 def _check(
     query: Tensor, key: Tensor, value: Tensor, power: float | None, n_keys: Tensor | None, log_d: float | None
 ) -> None:
-    check_query_key(query, key, None)
-    check_tensor("value", value, tuple(getattr(value, "shape", ())), query.device)
-    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be {tuple(key.shape[:3])} and its width, like key, got {tuple(value.shape)}")
-    if value.dtype != query.dtype:
-        raise ValueError(f"value must be {query.dtype} like query, got {value.dtype}")
-    if not 1 <= value.shape[3] <= 256:
-        raise ValueError(f"value must have a width of 1 to 256, got {value.shape[3]}")
+    check_attention(query, key, value, widest=WIDEST)
     if power is not None and not power >= 1:
         raise ValueError(f"power must be at least 1, or None for one stage, got {power}")
-    if log_d is not None and not log_d > 0:
-        raise ValueError(f"log_d must be positive, got {log_d}")
-    if n_keys is not None:
-        check_tensor("n_keys", n_keys, (query.shape[0], query.shape[2]), query.device)
+    if log_d is not None:
+        check_positive("log_d", log_d)
+    check_optional("n_keys", n_keys, (query.shape[0], query.shape[2]), query.device)

@@ -171,25 +171,25 @@ SPEC = OpSpec(
         decoding_continues_the_prefill,
     ),
     refused={
-        "query without heads": ({"query": torch.ones(2, 37, 24)}, ValueError, r"query must be \(batch, heads, tokens"),
+        "query without heads": ({"query": torch.ones(2, 37, 24)}, ValueError, r"query must have shape \(batch, heads"),
         "integer values": (
             {"value": torch.ones(2, 2, 53, 8, dtype=torch.int64)},
             TypeError,
             "value must be of a float",
         ),
-        "values of other keys": ({"value": torch.ones(2, 2, 50, 8)}, ValueError, r"value must be \(2, 2, 53\) and its"),
+        "values of other keys": ({"value": torch.ones(2, 2, 50, 8)}, ValueError, r"value must have shape \(2, 2, 53"),
         "values of another dtype": (
             {"value": torch.ones(2, 2, 53, 8, dtype=torch.float64)},
-            ValueError,
-            "value must be torch.float32 like query",
+            TypeError,
+            "value must be of the dtype of query, torch.float32, got torch.float64",
         ),
         "heads that do not divide": (
             {"key": torch.ones(2, 3, 53, 24), "value": torch.ones(2, 3, 53, 8)},
             ValueError,
-            "divides the 4 of query, got 3",
+            "heads of query must be a multiple of those of key, got 4 and 3",
         ),
         "power below 1": ({"power": 0.5}, ValueError, "power must be at least 1, or None for one stage, got 0.5"),
-        "log_d of zero": ({"log_d": 0.0}, ValueError, "log_d must be positive, got 0.0"),
+        "log_d of zero": ({"log_d": 0.0}, ValueError, "log_d must be positive and finite, got 0.0"),
         "window without causal": ({"causal": False, "window": 3}, ValueError, "window needs causal=True"),
         "counts of keys": ({"n_keys": torch.ones(2, 53)}, ValueError, r"n_keys must have shape \(2, 37\)"),
         "key mask of rows": (

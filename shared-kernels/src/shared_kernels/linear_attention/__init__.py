@@ -26,6 +26,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    check_attention,
+    check_block_size,
+    check_broadcasts,
+    check_optional,
+    check_positive,
+    check_shape,
+    check_tensors,
+)
 from shared_kernels.linear_attention import reference
 
 NAME = "linear_attention"
@@ -283,10 +292,9 @@ def linear_attention(
     Raises TypeError on tensors of other or mixed dtypes, ValueError on other shapes, mixed devices, eps <= 0, and
     arguments that do not go together.
     """
-    _check_tensors(query, key, value, {"initial_state": initial_state, "log_decay": log_decay})
-    _check_shapes(query, key, value)
-    _check_sequences(query, key, cu_seqlens)
-    _check_states(query, value, log_decay, initial_state, cu_seqlens)
+    check_attention(query, key, value, scale=scale)
+    check_optional("log_decay", log_decay, (query.shape[1],), query.device)
+    _check_sequences(query, key, value, cu_seqlens, initial_state)
     _check_options(causal, log_decay, normalizer, eps, initial_state, return_state, block_mask)
     if causal and query.shape[2] != key.shape[2]:
         raise ValueError(f"causal needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}")
@@ -329,7 +337,6 @@ def linear_attention_step(
     Not differentiable: with gradients enabled, tensors that require one are refused with a ValueError. Raises TypeError
     on other or mixed dtypes, ValueError on other shapes and mixed devices.
     """
-    _check_tensors(query, key, value, {"state": state, "log_decay": log_decay})
     _check_step(query, key, value, state, log_decay)
     query, key, value = _backend.autocast(query, key, value)
     given = query.shape
@@ -344,74 +351,20 @@ def _repeated(tensor: Tensor, heads: int) -> Tensor:
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, wide: dict[str, Tensor | None]) -> None:
-    given = {"query": query, "key": key, "value": value} | {n: t for n, t in wide.items() if t is not None}
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, tokens, width), got {tuple(tensor.shape)}")
-    _check_widths(query, key, value)
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(f"value must have as many tokens as key, {key.shape[2]}, got {value.shape[2]}")
-
-
-def _check_widths(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """What is common to sequences and single tokens."""
-    if not key.shape[0] == value.shape[0] == query.shape[0]:
-        raise ValueError(f"batch must be the same, got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if value.shape[1] != kv_heads or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"key and value must have equally many heads that divide those of query, {heads}, "
-            f"got {kv_heads} and {value.shape[1]}"
-        )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have the width of query, {query.shape[-1]}, got {key.shape[-1]}")
-
-
-def _check_sequences(query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is None:
-        return
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {got}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.device != query.device:
-        raise ValueError(
-            f"cu_seqlens must be (sequences + 1,) on {query.device}, got {tuple(cu_seqlens.shape)} on "
-            f"{cu_seqlens.device}"
-        )
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"cu_seqlens needs batch 1 and as many queries as keys, got batch {query.shape[0]}, {query.shape[2]} "
-            f"queries and {key.shape[2]} keys"
-        )
-
-
-def _check_states(
-    query: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+def _check_sequences(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None
 ) -> None:
-    if log_decay is not None and log_decay.shape != query.shape[1:2]:
-        raise ValueError(f"log_decay must have one number a head, ({query.shape[1]},), got {tuple(log_decay.shape)}")
-    sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected = (sequences, query.shape[1], query.shape[3], value.shape[3])
-    if initial_state is not None and initial_state.shape != expected:
-        raise ValueError(f"initial_state must be {expected}, got {tuple(initial_state.shape)}")
+    sequences, H, Nq, D = query.shape
+    if cu_seqlens is not None:
+        check_tensors({"cu_seqlens": cu_seqlens}, torch.int32, device=query.device)
+        check_shape("cu_seqlens", cu_seqlens, "sequences + 1")
+        if cu_seqlens.shape[0] < 2 or sequences != 1 or Nq != key.shape[2]:
+            raise ValueError(
+                f"cu_seqlens needs a sequence, batch 1 and as many queries as keys, got {cu_seqlens.shape[0] - 1} "
+                f"sequences, batch {sequences}, {Nq} queries and {key.shape[2]} keys"
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    check_optional("initial_state", initial_state, (sequences, H, D, value.shape[3]), query.device)
 
 
 def _check_options(
@@ -425,8 +378,7 @@ def _check_options(
 ) -> None:
     if normalizer not in (None, "sum", "clamp"):
         raise ValueError(f"normalizer must be None, 'sum' or 'clamp', got {normalizer!r}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    check_positive("eps", eps)
     if log_decay is not None and not causal:
         raise ValueError("log_decay needs causal=True: without order there is nothing to forget")
     if causal and (normalizer or block_mask is not None):
@@ -438,36 +390,23 @@ def _check_options(
 def _checked_mask(
     mask: Tensor, block_size: tuple[int, int], query: Tensor, key: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"block_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if len(block_size) != 2 or not all(isinstance(size, int) and size > 0 for size in block_size):
-        raise ValueError(f"block_size must be two positive integers, for queries and keys, got {block_size}")
+    check_tensors({"block_mask": mask}, torch.bool, device=query.device)
+    check_block_size(block_size)
     if cu_seqlens is not None:
         raise ValueError("block_mask and cu_seqlens do not go together: call once for each sequence")
     blocks = (-(-query.shape[2] // block_size[0]), -(-key.shape[2] // block_size[1]))
-    given, expected = tuple(mask.shape), (*query.shape[:2], *blocks)
-    fits = len(given) == 4 and given[2:] == blocks and given[0] in (1, expected[0]) and given[1] in (1, expected[1])
-    if not fits or mask.device != query.device:
-        raise ValueError(
-            f"block_mask must be {expected} or 1 in its first two on {query.device}, got {given} on {mask.device}"
-        )
-    return mask.expand(expected)
+    check_shape("block_mask", mask, "batch", "heads", *blocks)
+    check_broadcasts("block_mask", mask, *query.shape[:2], *blocks)
+    return mask.expand(*query.shape[:2], *blocks)
 
 
 def _check_step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != query.ndim or query.ndim not in (3, 4) or (tensor.ndim == 4 and tensor.shape[2] != 1):
-            raise ValueError(
-                f"{name} must be (batch, heads, width) or (batch, heads, 1, width), got {tuple(tensor.shape)}"
-            )
-    _check_widths(query, key, value)
-    expected = (*query.shape[:2], query.shape[-1], value.shape[-1])
-    if state.shape != expected or state.stride(-1) != 1:
-        raise ValueError(f"state must be {expected} and contiguous along its last dimension, got {tuple(state.shape)}")
-    acc = torch.promote_types(query.dtype, torch.float32)
-    if state.dtype != acc:
-        raise TypeError(f"state must be of dtype {acc}, got {state.dtype}")
-    if log_decay is not None and log_decay.shape != query.shape[1:2]:
-        raise ValueError(f"log_decay must have one number a head, ({query.shape[1]},), got {tuple(log_decay.shape)}")
+    one = (1,) if isinstance(query, Tensor) and query.ndim == 4 else ()
+    check_attention(query, key, value, layout=("batch", "heads", *one, "head_dim"))
+    check_tensors({"state": state}, torch.promote_types(query.dtype, torch.float32), device=query.device)
+    check_shape("state", state, *query.shape[:2], query.shape[-1], value.shape[-1])
+    if state.stride(-1) != 1:
+        raise ValueError(f"state must be contiguous along its last dimension, got a stride of {state.stride(-1)}")
+    check_optional("log_decay", log_decay, (query.shape[1],), query.device)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, state)):
         raise ValueError("linear_attention_step has no gradient: call it under torch.no_grad()")

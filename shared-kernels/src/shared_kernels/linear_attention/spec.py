@@ -227,34 +227,34 @@ SPEC = OpSpec(
     gradients=("query", "key", "value", "initial_state"),
     laws=(token_by_token, a_cut_changes_nothing, decay_at_its_ends, sums_of_sets),
     refused={
-        "other tokens": _refuse(
-            {"value": torch.ones(2, 2, 42, 17)}, "value must have as many tokens as key, 41, got 42"
-        ),
-        "other width": _refuse({"key": torch.ones(2, 2, 41, 23)}, "key must have the width of query, 24, got 23"),
+        "other tokens": _refuse({"value": torch.ones(2, 2, 42, 17)}, r"value must have shape \(2, 2, 41, width\), got"),
+        "other width": _refuse({"key": torch.ones(2, 2, 41, 23)}, r"key must have shape \(2, heads, tokens, 24\), got"),
         "heads that do not divide": _refuse(
-            {"key": torch.ones(2, 3, 41, 24), "value": torch.ones(2, 3, 41, 17)}, "heads that divide those of query, 2"
+            {"key": torch.ones(2, 3, 41, 24), "value": torch.ones(2, 3, 41, 17)},
+            "heads of query must be a multiple of those of key, got 2 and 3",
         ),
-        "no heads": _refuse({"query": torch.ones(41, 24)}, r"query must be \(batch, heads, tokens, width\), got"),
+        "no heads": _refuse({"query": torch.ones(41, 24)}, r"query must have shape \(batch, heads, tokens, head_dim\)"),
         "mixed dtypes": _refuse(
-            {"key": torch.ones(2, 2, 41, 24).half()}, "key must have the dtype of query", TypeError
+            {"key": torch.ones(2, 2, 41, 24).half()},
+            "key must be of the dtype of query, torch.float32, got torch.float16",
+            TypeError,
         ),
         "integers": _refuse({"query": torch.ones(2, 2, 41, 24).int()}, "query must be of a floating", TypeError),
-        "another device": _refuse({"log_decay": torch.ones(2, device="meta")}, "log_decay must be on the device"),
-        "decay per token": _refuse({"log_decay": torch.ones(2, 41)}, r"log_decay must have one number a head, \(2,\)"),
-        "state turned": _refuse(
-            {"initial_state": torch.ones(2, 2, 17, 24)}, r"initial_state must be \(2, 2, 24, 17\), got \(2, 2, 17, 24\)"
-        ),
+        "another device": _refuse({"log_decay": torch.ones(2, device="meta")}, "log_decay must be on cpu like the"),
+        "decay per token": _refuse({"log_decay": torch.ones(2, 41)}, r"log_decay must have shape \(2,\), got \(2"),
+        "state turned": _refuse({"initial_state": torch.ones(2, 2, 17, 24)}, r"initial_state must have shape \(2, 2"),
         "decay without order": _refuse({"causal": False}, "log_decay needs causal=True"),
         "causal with normalizer": _refuse({"normalizer": "sum"}, "need causal=False"),
         "another normalizer": _refuse({"normalizer": "softmax"}, "normalizer must be None, "),
         "state with normalizer": _refuse(
             {"causal": False, "log_decay": None, "normalizer": "sum"}, "need normalizer=None and block_mask=None"
         ),
-        "eps of zero": _refuse({"eps": 0.0}, "eps must be positive, got 0.0"),
+        "eps of zero": _refuse({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
         "sequences in a batch": _refuse(
-            {"cu_seqlens": torch.tensor([0, 41], dtype=torch.int32)}, "cu_seqlens needs batch 1"
+            {"cu_seqlens": torch.tensor([0, 41], dtype=torch.int32)},
+            "cu_seqlens needs a sequence, batch 1 and as many queries as keys, got 1 sequences, batch 2, 41 queries",
         ),
-        "long cu_seqlens": _refuse({"cu_seqlens": torch.tensor([0, 41])}, "cu_seqlens must be an int32", TypeError),
+        "long cu_seqlens": _refuse({"cu_seqlens": torch.tensor([0, 41])}, "cu_seqlens must be of", TypeError),
         "mask of tokens": _refuse(
             {
                 "causal": False,
@@ -263,7 +263,7 @@ SPEC = OpSpec(
                 "return_state": False,
                 "block_mask": torch.ones(1, 1, 41, 41, dtype=torch.bool),
             },
-            r"block_mask must be \(2, 2, 1, 1\)",
+            r"block_mask must have shape \(batch, heads, 1, 1\), got \(1, 1, 41, 41\)",
         ),
     },
     unsupported={"second derivative": "no autograd formula"},
@@ -355,15 +355,15 @@ STEP = OpSpec(
     refused={
         "several tokens": _refuse(
             {"query": torch.ones(2, 3, 7, 24), "key": torch.ones(2, 3, 7, 24), "value": torch.ones(2, 3, 7, 40)},
-            r"query must be \(batch, heads, width\) or \(batch, heads, 1, width\), got \(2, 3, 7, 24\)",
+            r"query must have shape \(batch, heads, 1, head_dim\), got \(2, 3, 7, 24\)",
         ),
         "half a state": _refuse(
-            {"state": torch.ones(2, 3, 24, 40).half()}, "state must be of dtype torch.float32", TypeError
+            {"state": torch.ones(2, 3, 24, 40).half()}, "state must be of torch.float32, got torch.float16", TypeError
         ),
-        "state turned": _refuse({"state": torch.ones(2, 3, 40, 24)}, r"state must be \(2, 3, 24, 40\)"),
+        "state turned": _refuse({"state": torch.ones(2, 3, 40, 24)}, r"state must have shape \(2, 3, 24, 40\), got"),
         "state in pieces": _refuse({"state": torch.ones(2, 3, 40, 24).mT.mT.mT}, "contiguous along its last dimension"),
         "gradients": _refuse({"query": torch.ones(2, 3, 24, requires_grad=True)}, "has no gradient: call it under"),
-        "decay of other heads": _refuse({"log_decay": torch.ones(2)}, r"one number a head, \(3,\), got \(2,\)"),
+        "decay of other heads": _refuse({"log_decay": torch.ones(2)}, r"log_decay must have shape \(3,\), got \(2,\)"),
     },
     library_ops=(torch.ops.shared_kernels.linear_attention_step.default,),
     launches=step_launches,

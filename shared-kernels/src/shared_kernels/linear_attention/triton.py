@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels._tiles import dot_precision, load_tile, store_tile, strided_rows, target, width
+from shared_kernels._tiles import dot_precision, load_tile, no_float64, store_tile, strided_rows, target, width
 
 _ENOUGH = 264  # programs that keep a GPU busy: two for each multiprocessor of the largest
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -279,11 +279,6 @@ def _accumulator(out: Tensor, pieces: int) -> Tensor:
     return out if pieces == 1 or out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
 
 
-def _check(query: Tensor) -> None:
-    if query.dtype == torch.float64:
-        raise TypeError("linear_attention on a GPU takes float16, bfloat16 and float32, got float64")
-
-
 class _Sweep:
     """One causal pass over tensors of one shape; `scale` multiplies the output, or going back what the state gains.
 
@@ -394,7 +389,7 @@ def forward(
     scale: float,
     state_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(query)
+    no_float64(query)
     (out,) = _outputs(cu_seqlens, value)
     if query.numel() == 0 or value.numel() == 0:
         return out.zero_(), _start(initial_state, query, value, cu_seqlens)
@@ -517,7 +512,7 @@ def full(
     eps: float,
     state_wanted: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query)
+    no_float64(query)
     (out,) = _outputs(cu_seqlens, query.new_empty(()).expand(*query.shape[:3], value.shape[3]))
     sets = _Sets(block_mask, block_q, block_k, cu_seqlens)
     states = sets.seen(key, value, initial_state)
@@ -574,8 +569,7 @@ def full_backward(
 
 
 def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
-    if query.dtype == torch.float64:
-        raise TypeError("linear_attention_step on a GPU takes float16, bfloat16 and float32, got float64")
+    no_float64(query)
     (B, H, D), E = query.shape, value.shape[2]
     out = torch.empty((B, H, E), dtype=query.dtype, device=query.device)
     if out.numel() == 0:

@@ -10,7 +10,7 @@ keys; `border` speaks of the other ends. Products of query and position tables a
 which knows logits by relative position; whoever scales positions too scales the tables.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    MAPS,
+    check_attention,
+    check_choice,
+    check_optional,
+    check_whole_number,
+)
 from shared_kernels.local_attention import reference
-from shared_kernels.local_attention.checks import check_float_tensor, check_maps, check_whole_number
 from shared_kernels.local_attention.neighborhood import neighborhood_attention
 
 __all__ = ["local_attention", "neighborhood_attention"]
@@ -155,7 +161,7 @@ def local_attention(
     Raises TypeError on what is not a floating-point tensor or a whole number, ValueError on shapes or devices that
     disagree and on numbers out of range.
     """
-    check_maps(query, key, value, scale)
+    check_attention(query, key, value, scale=scale, layout=MAPS)
     _check_geometry(query, key, block, halo, stride, position_stride, border)
     _check_tables(query, row_table, column_table, 2 * (block + 2 * halo) - 1)
     query, key, value = _backend.autocast(query, key, value)
@@ -194,11 +200,8 @@ def _check_geometry(
     if block % stride:
         raise ValueError(f"block must be a multiple of stride, got {block} and {stride}")
     if position_stride is not None:
-        check_whole_number("position_stride", position_stride, 0)
-        if position_stride > stride:
-            raise ValueError(f"position_stride must be at most stride, {stride}, got {position_stride}")
-    if border not in get_args(Border):
-        raise ValueError(f"border must be one of {', '.join(get_args(Border))}, got {border!r}")
+        check_whole_number("position_stride", position_stride, 0, stride)
+    check_choice("border", border, Border)
     rows, columns = (-(-size // stride) for size in key.shape[2:4])
     if query.shape[2:4] != (rows, columns):
         raise ValueError(
@@ -212,10 +215,4 @@ def _check_tables(query: Tensor, row_table: Tensor | None, column_table: Tensor 
         given, absent = ("column", "row") if row_table is None else ("row", "column")
         raise ValueError(f"{absent}_table must be given where {given}_table is")
     for name, table in (("row_table", row_table), ("column_table", column_table)):
-        if table is not None:
-            check_float_tensor(name, table, query)
-            if table.shape != (positions, query.shape[4]):
-                raise ValueError(
-                    f"{name} must be ({positions}, {query.shape[4]}), one row for each relative position, "
-                    f"got {tuple(table.shape)}"
-                )
+        check_optional(name, table, (positions, query.shape[4]), query.device)

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    MAPS,
+    check_attention,
+    check_optional,
+    check_shape,
+    check_whole_number,
+)
 from shared_kernels.local_attention import reference
-from shared_kernels.local_attention.checks import check_float_tensor, check_maps, check_whole_number
 
 FOLDER = "local_attention"
 
@@ -107,21 +113,14 @@ def neighborhood_attention(
     Raises TypeError on what is not a floating-point tensor or a whole number, ValueError on shapes or devices that
     disagree and on a neighbourhood larger than the map.
     """
-    check_maps(query, key, value, scale)
+    check_attention(query, key, value, scale=scale, layout=MAPS)
+    check_shape("key", key, "batch", "heads", *query.shape[2:])
     check_whole_number("kernel_size", kernel_size, 1)
-    if query.shape[2:4] != key.shape[2:4]:
-        raise ValueError(
-            f"query must have key's rows and columns, {tuple(key.shape[2:4])}, got {tuple(query.shape[2:4])}"
-        )
     if query.numel() > 0 and kernel_size > min(key.shape[2:4]):
         raise ValueError(
             f"kernel_size must be at most {min(key.shape[2:4])}, the shorter side of the map, got {kernel_size}"
         )
-    if bias is not None:
-        check_float_tensor("bias", bias, query)
-        expected = (query.shape[1], 2 * kernel_size - 1, 2 * kernel_size - 1)
-        if bias.shape != expected:
-            raise ValueError(f"bias must be {expected}, (heads, 2k - 1, 2k - 1), got {tuple(bias.shape)}")
+    check_optional("bias", bias, (query.shape[1], 2 * kernel_size - 1, 2 * kernel_size - 1), query.device)
     query, key, value = _backend.autocast(query, key, value)
     scale = query.shape[4] ** -0.5 if scale is None else float(scale)
     if _backend.forced == "reference":

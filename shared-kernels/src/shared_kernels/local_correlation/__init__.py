@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_same_dtype, check_scale, check_shape, check_tensors, check_whole_number
 from shared_kernels.local_correlation import reference
 
 NAME = "local_correlation"
@@ -82,30 +83,20 @@ def local_correlation(
 
     For cosines normalise the maps before; for windows that follow a flow warp the target by it before.
 
-    Raises TypeError on what is not a floating-point tensor, ValueError on other shapes, maps that differ in shape,
-    dtype or device, or a radius outside 0 to 15.
+    Raises TypeError on what is not a floating-point tensor and on mixed dtypes, ValueError on other shapes, maps that
+    differ in shape or device, or a radius outside 0 to 15.
     """
-    _check(source, target, radius)
+    maps = {"source": source, "target": target}
+    check_tensors(maps)
+    check_same_dtype(maps)
+    check_shape("source", source, "B", "C", "H", "W")
+    check_shape("target", target, *source.shape)
+    if source.shape[1] == 0:
+        raise ValueError("source must have at least one channel, got 0")
+    check_whole_number("radius", radius, 0, _LARGEST_RADIUS)
+    check_scale(scale)
     scale = source.shape[1] ** -0.5 if scale is None else scale
     if _backend.forced == "reference":
         return reference.local_correlation(source, target, radius=radius, scale=scale)
     source, target = _backend.autocast(source, target)
     return _forward(source, target, radius, scale)
-
-
-def _check(source: Any, target: Any, radius: int) -> None:
-    for name, tensor in {"source": source, "target": target}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-    if source.ndim != 4 or source.shape[1] == 0:
-        raise ValueError(f"source must be (B, C, H, W) with channels, got {tuple(source.shape)}")
-    if target.shape != source.shape:
-        raise ValueError(f"target must be {tuple(source.shape)} as source is, got {tuple(target.shape)}")
-    if target.dtype != source.dtype or target.device != source.device:
-        raise ValueError(
-            f"target must be {source.dtype} on {source.device} as source is, got {target.dtype} on {target.device}"
-        )
-    if not 0 <= radius <= _LARGEST_RADIUS:
-        raise ValueError(f"radius must be from 0 to {_LARGEST_RADIUS}, got {radius}")

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared_kernels._tiles import no_float64
+
 _PIXELS, _OFFSETS, _CHANNELS = 32, 64, 32
 
 
@@ -72,13 +74,8 @@ def local_correlation_bwd_kernel(
     tl.store(gradient + place, (result * scale).to(gradient.dtype.element_ty), mask=real)
 
 
-def _check_dtype(source: Tensor) -> None:
-    if source.dtype == torch.float64:
-        raise TypeError("source must be float16, bfloat16 or float32 on a GPU, got torch.float64")
-
-
 def forward(source: Tensor, target: Tensor, radius: int, scale: float) -> Tensor:
-    _check_dtype(source)
+    no_float64(source)
     (B, C, H, W), offsets = source.shape, (2 * radius + 1) ** 2
     out = torch.empty((B, offsets, H, W), dtype=source.dtype, device=source.device)
     if out.numel() == 0:
@@ -92,7 +89,7 @@ def forward(source: Tensor, target: Tensor, radius: int, scale: float) -> Tensor
 
 
 def backward(d_out: Tensor, source: Tensor, target: Tensor, radius: int, scale: float) -> tuple[Tensor, Tensor]:
-    _check_dtype(source)
+    no_float64(source)
     B, C, H, W = source.shape
     d_source, d_target = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (source, target))
     if source.numel() == 0:

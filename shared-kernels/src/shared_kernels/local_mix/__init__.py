@@ -14,7 +14,7 @@ Decided here: the output's memory is channels-last where value's is, which is th
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_choice, check_shape, check_tensors, check_whole_number
 from shared_kernels.local_mix import reference
 
 __all__ = ["local_mix"]
@@ -112,7 +113,12 @@ def local_mix(
     disagree, and on a factor or border that does not exist.
     """
     pairs = _pairs(offsets)
-    _check_arguments(value, logits, len(pairs), factor, border)
+    check_tensors({"value": value, "logits": logits})
+    check_shape("value", value, "batch", "channels", "rows", "columns")
+    check_whole_number("factor", factor, 1)
+    check_choice("border", border, Border)
+    B, _, rows, columns = value.shape
+    check_shape("logits", logits, B, len(pairs), factor * rows, factor * columns)
     (value,) = _backend.autocast(value)
     if _backend.forced == "reference":
         return reference.local_mix(value, logits, pairs, factor=factor, softmax=softmax, border=border)
@@ -124,35 +130,14 @@ def local_mix(
 
 def _pairs(offsets: Offsets | int) -> list[tuple[int, int]]:
     if isinstance(offsets, int):
-        if offsets < 1 or offsets % 2 == 0:
-            raise ValueError(f"offsets must be pairs, or an odd number from 1 on for a square, got {offsets}")
+        check_whole_number("offsets", offsets, 1)
+        if offsets % 2 == 0:
+            raise ValueError(f"offsets must be pairs, or an odd number for a square, got {offsets}")
         reach = range(-(offsets // 2), offsets // 2 + 1)
         return [(dy, dx) for dy in reach for dx in reach]
     pairs = [tuple(pair) for pair in offsets]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"offsets must be pairs (dy, dx), at least one, got {offsets!r}")
-    if not all(isinstance(number, int) for pair in pairs for number in pair):
+    if not all(isinstance(number, int) and not isinstance(number, bool) for pair in pairs for number in pair):
         raise TypeError(f"offsets must be whole numbers of cells, got {offsets!r}")
     return pairs  # type: ignore[return-value]
-
-
-def _check_arguments(value: Tensor, logits: Tensor, n: int, factor: int, border: Border) -> None:
-    for name, tensor in (("value", value), ("logits", logits)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (batch, channels, rows, columns), got {tuple(tensor.shape)}")
-    if logits.device != value.device:
-        raise ValueError(f"logits must be on the device of value, {value.device}, got {logits.device}")
-    if not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"factor must be a whole number from 1 on, got {factor!r}")
-    if border not in get_args(Border):
-        raise ValueError(f"border must be one of {', '.join(get_args(Border))}, got {border!r}")
-    B, _, h, w = value.shape
-    if logits.shape != (B, n, factor * h, factor * w):
-        raise ValueError(
-            f"logits must be {(B, n, factor * h, factor * w)}, {n} offsets for every pixel of value's {h} x {w} cells "
-            f"times {factor}, got {tuple(logits.shape)}"
-        )

@@ -11,13 +11,21 @@ SpaAttn and Sparsifiner. Where heads share a list, it is by their mean score; th
 it is no more work than one head. Nothing here is differentiable: lists are integers.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    check_attention,
+    check_block_size,
+    check_broadcasts,
+    check_shape,
+    check_tensors,
+    check_whole_number,
+)
 from shared_kernels.select_blocks import reference
 
 NAME = "select_blocks"
@@ -65,8 +73,9 @@ def choose_blocks(
     Raises TypeError on other dtypes, ValueError on other shapes or devices, neither `topk` nor `topp`, or one out of
     range.
     """
-    _check_scores(scores)
-    _check_choice(topk, topp, forced, scores.shape, scores.device, name="scores")
+    check_tensors({"scores": scores})
+    check_shape("scores", scores, "batch", "list heads", "query blocks", "key blocks")
+    _check_choice(topk, topp, forced, tuple(scores.shape), scores.device)
     if _backend.forced == "reference":
         return BlockLists(*reference.choose_blocks(scores, topk=topk, topp=topp, forced=forced))
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -104,10 +113,13 @@ def select_blocks(
     Not differentiable. Raises TypeError on other dtypes, ValueError on shapes or devices that disagree or
     arguments out of range.
     """
-    _check_tokens(query, key, block_size, list_heads)
+    check_attention(query, key, scale=scale)
+    check_block_size(block_size)
+    if list_heads not in (None, 1, key.shape[1], query.shape[1]):
+        raise ValueError(f"list_heads must be one of {sorted({1, key.shape[1], query.shape[1]})}, got {list_heads}")
     list_heads = query.shape[1] if list_heads is None else list_heads
     blocks = [-(-t.shape[2] // size) for t, size in zip((query, key), block_size, strict=True)]
-    _check_choice(topk, topp, forced, (query.shape[0], list_heads, *blocks), query.device, name="query and key")
+    _check_choice(topk, topp, forced, (query.shape[0], list_heads, *blocks), query.device)
     if _backend.forced == "reference":
         return BlockLists(*reference.select_blocks(
             query, key, block_size=block_size, topk=topk, topp=topp, forced=forced, causal=causal, scale=scale,
@@ -160,65 +172,18 @@ def _as_count(topk: int | float | None, num_keys: int) -> int:
     return max(1, int(topk * num_keys + 1e-9)) if isinstance(topk, float) else min(topk, num_keys)
 
 
-def _check_floating(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a tensor of a floating-point dtype, got {given}")
-
-
-def _check_scores(scores: Tensor) -> None:
-    _check_floating("scores", scores)
-    if scores.ndim != 4:
-        raise ValueError(f"scores must be (batch, list heads, query blocks, key blocks), got {tuple(scores.shape)}")
-
-
-def _check_tokens(query: Tensor, key: Tensor, block_size: tuple[int, int], list_heads: int | None) -> None:
-    for name, tensor in (("query", query), ("key", key)):
-        _check_floating(name, tensor)
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
-    if key.dtype != query.dtype:
-        raise TypeError(f"key must be of query's dtype, {query.dtype}, got {key.dtype}")
-    if key.device != query.device:
-        raise ValueError(f"key must be on the device of query, {query.device}, got {key.device}")
-    B, H, _, D = query.shape
-    if key.shape[0] != B or key.shape[3] != D or D == 0:
-        raise ValueError(f"key must be ({B}, Hkv, Nk, {D}) to query's {tuple(query.shape)}, got {tuple(key.shape)}")
-    Hkv = key.shape[1]
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"query's heads must be a multiple of key's, got {H} and {Hkv}")
-    if len(block_size) != 2 or min(block_size) < 1:
-        raise ValueError(f"block_size must be two numbers from 1 on, (block_q, block_k), got {block_size}")
-    if list_heads not in (None, 1, Hkv, H):
-        raise ValueError(f"list_heads must be one of {sorted({1, Hkv, H})}, got {list_heads}")
-
-
 def _check_choice(
-    topk: int | float | None,
-    topp: float | None,
-    forced: Tensor | None,
-    shape: tuple[int, ...],
-    device: torch.device,
-    *,
-    name: str,
+    topk: int | float | None, topp: float | None, forced: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
     if topk is None and topp is None:
         raise ValueError("give topk, topp or both, got neither")
-    if isinstance(topk, float) and not 0.0 < topk <= 1.0:
-        raise ValueError(f"topk as a share must lie in (0, 1], got {topk}")
-    if isinstance(topk, int) and topk < 0:
-        raise ValueError(f"topk as a number must be at least 0, got {topk}")
+    if isinstance(topk, float):
+        if not 0.0 < topk <= 1.0:
+            raise ValueError(f"topk as a share must lie in (0, 1], got {topk}")
+    elif topk is not None:
+        check_whole_number("topk", topk, 0)
     if topp is not None and not 0.0 <= topp <= 1.0:
         raise ValueError(f"topp must lie in [0, 1], got {topp}")
-    if forced is None:
-        return
-    if not isinstance(forced, Tensor) or forced.dtype != torch.bool:
-        given = forced.dtype if isinstance(forced, Tensor) else type(forced).__name__
-        raise TypeError(f"forced must be a tensor of torch.bool, got {given}")
-    fits = forced.ndim <= len(shape) and all(
-        mine in (1, wanted) for mine, wanted in zip(reversed(forced.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"forced must broadcast to {tuple(shape)}, as {name} have it, got {tuple(forced.shape)}")
-    if forced.device != device:
-        raise ValueError(f"forced must be on {device}, as {name} are, got {forced.device}")
+    if forced is not None:
+        check_tensors({"forced": forced}, torch.bool, device=device)
+        check_broadcasts("forced", forced, *shape)

@@ -234,12 +234,10 @@ def _largest(sample: Sample) -> int:
 _REFUSED_CHOICE: dict[str, Refusal] = {
     "neither": ({"topk": None}, ValueError, "give topk, topp or both, got neither"),
     "a share of more than all": ({"topk": 1.5}, ValueError, r"topk as a share must lie in \(0, 1\], got 1.5"),
-    "a negative number": ({"topk": -1}, ValueError, "topk as a number must be at least 0, got -1"),
+    "a negative number": ({"topk": -1}, ValueError, "topk must be at least 0, got -1"),
     "a mass of more than all": ({"topp": 1.5}, ValueError, r"topp must lie in \[0, 1\], got 1.5"),
-    "forced numbers": ({"forced": torch.ones(5, 14)}, TypeError, "forced must be a tensor of torch.bool, got torch.fl"),
-    "forced of another shape": (
-        {"forced": torch.ones(3, 14, dtype=torch.bool)}, ValueError, r"forced must broadcast to \("
-    ),
+    "forced numbers": ({"forced": torch.ones(5, 14)}, TypeError, "forced must be of torch.bool, got torch.float32"),
+    "forced of another shape": ({"forced": torch.ones(3, 14, dtype=torch.bool)}, ValueError, "forced must have a"),
     "forced on another device": (
         {"forced": torch.ones(1, 1, dtype=torch.bool, device="meta")}, ValueError, "forced must be on cpu"
     ),
@@ -253,15 +251,13 @@ SPECS = (
         laws=(agrees_with_a_loop, more_never_removes_a_block, a_constant_added_to_all_keys_changes_nothing),
         refused={
             **_REFUSED_CHOICE,
-            "query without heads": ({"query": torch.ones(2, 9, 8)}, ValueError, r"query must be \(batch, heads"),
-            "query of integers": ({"query": torch.ones(2, 3, 9, 20).int()}, TypeError, "query must be a tensor"),
-            "key of another dtype": ({"key": torch.ones(2, 3, 9, 20).half()}, TypeError, "key must be of query"),
-            "key of another width": ({"key": torch.ones(2, 3, 9, 7)}, ValueError, r"key must be \(2, Hkv, Nk, 20\)"),
-            "key heads do not divide": ({"key": torch.ones(2, 2, 9, 20)}, ValueError, "heads must be a multiple of"),
-            "key on another device": (
-                {"key": torch.ones(2, 3, 9, 20, device="meta")}, ValueError, "key must be on the device of query"
-            ),
-            "no block size": ({"block_size": (8, 0)}, ValueError, "block_size must be two numbers from 1 on"),
+            "query without heads": ({"query": torch.ones(2, 9, 8)}, ValueError, r"query must have shape \(batch"),
+            "query of integers": ({"query": torch.ones(2, 3, 9, 20).int()}, TypeError, "query must be of a"),
+            "key of another dtype": ({"key": torch.ones(2, 3, 9, 20).half()}, TypeError, "key must be of the dtype of"),
+            "key of another width": ({"key": torch.ones(2, 3, 9, 7)}, ValueError, r"key must have shape \(2, heads"),
+            "key heads do not divide": ({"key": torch.ones(2, 2, 9, 20)}, ValueError, "heads of query must be a"),
+            "key elsewhere": ({"key": torch.ones(2, 3, 9, 20, device="meta")}, ValueError, "key must be on cpu like"),
+            "no block size": ({"block_size": (8, 0)}, ValueError, "block_size must be at least 1, got 0"),
             "list heads in between": ({"list_heads": 2}, ValueError, r"list_heads must be one of \[1, 3\], got 2"),
         },
         library_ops=(torch.ops.shared_kernels.select_blocks.default,),
@@ -277,8 +273,8 @@ SPECS = (
         laws=(scores_decide,),
         refused={
             **_REFUSED_CHOICE,
-            "scores without heads": ({"scores": torch.ones(2, 9, 8)}, ValueError, r"scores must be \(batch, list"),
-            "scores of integers": ({"scores": torch.ones(2, 3, 9, 8).int()}, TypeError, "scores must be a tensor"),
+            "scores without heads": ({"scores": torch.ones(2, 9, 8)}, ValueError, r"scores must have shape \(batch"),
+            "scores of integers": ({"scores": torch.ones(2, 3, 9, 8).int()}, TypeError, "scores must be of a"),
         },
         library_ops=(torch.ops.shared_kernels.select_blocks.default,),
         launches=launches,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared_kernels._tiles import LOG2E, target
+from shared_kernels._tiles import LOG2E, no_float64, target
 
 _COLUMNS = 8192
 _TILE = 2048  # scores per program, 16 for each thread of 4 warps
@@ -87,8 +87,7 @@ def tiles(scores: Tensor) -> dict[str, int]:
 
 
 def forward(scores: Tensor, forced: Tensor | None, topk: int, topp: float | None) -> tuple[Tensor, Tensor]:
-    if scores.dtype == torch.float64:
-        raise TypeError("scores must be float16, bfloat16 or float32 on a GPU, got torch.float64")
+    no_float64(scores)
     if scores.shape[-1] > _COLUMNS:
         raise ValueError(f"scores must have at most {_COLUMNS} key blocks on a GPU, got {scores.shape[-1]}")
     B, H, R, n = scores.shape

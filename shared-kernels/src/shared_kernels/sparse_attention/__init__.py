@@ -12,7 +12,6 @@ Decided here: lists are data, never differentiated. An entry that comes twice co
 torch around the registered op. The lists turned round, which only the backward pass needs, are made there unless given.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,6 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import (
+    check_attention,
+    check_block_size,
+    check_optional,
+    check_shape,
+    check_tensors,
+)
 from shared_kernels.sparse_attention import reference
 from shared_kernels.sparse_attention.lists import (
     TransposedLists,
@@ -177,9 +183,11 @@ def sparse_attention(
     Raises TypeError on other dtypes than floating-point ones and int32, ValueError on shapes or devices that disagree,
     on a block size or scale out of range, and with `validate` on lists that name what is not there.
     """
-    _check_attention(query, key, value, scale)
+    check_attention(query, key, value, scale=scale)
     _check_lists_fit(query, key, indices, counts, block_size, transposed)
-    _check_rows(query, value, indices, row_scale, row_bias)
+    rows = (*query.shape[:2], indices.shape[2])
+    check_optional("row_scale", row_scale, rows, query.device)
+    check_optional("row_bias", row_bias, (*rows, value.shape[3]), query.device)
     if validate:
         check_lists(indices, counts, num_key_blocks=-(-key.shape[2] // block_size[1]))
     query, key, value = _backend.autocast(query, key, value)
@@ -213,29 +221,6 @@ def _per_row(blocks: Tensor, block_q: int, rows: int) -> Tensor:
     return blocks.repeat_interleave(block_q, 2)[:, :, :rows]
 
 
-def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{name} must be of the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
-    B, H, _, D = query.shape
-    if key.shape[0] != B or key.shape[3] != D or D == 0:
-        raise ValueError(f"key must be ({B}, Hkv, Nk, {D}) for a query of {tuple(query.shape)}, got {tuple(key.shape)}")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be {tuple(key.shape[:3])} + (E,) as key is, got {tuple(value.shape)}")
-    if key.shape[1] == 0 or H % key.shape[1]:
-        raise ValueError(f"heads of query must be a multiple of those of key, got {H} and {key.shape[1]}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-
-
 def _check_lists_fit(
     query: Tensor,
     key: Tensor,
@@ -244,11 +229,8 @@ def _check_lists_fit(
     block_size: tuple[int, int],
     transposed: TransposedLists | None,
 ) -> None:
-    check_list_tensors(indices, counts)
-    if indices.device != query.device:
-        raise ValueError(f"indices must be on the device of query, {query.device}, got {indices.device}")
-    if len(block_size) != 2 or min(block_size) < 1:
-        raise ValueError(f"block_size must be two numbers from 1 on, (block_q, block_k), got {block_size}")
+    check_block_size(block_size)
+    check_list_tensors(indices, counts, query.device)
     (B, H, Nq, _), (_, Hkv, Nk, _) = query.shape, key.shape
     nq = -(-Nq // block_size[0])
     if indices.shape[0] != B or indices.shape[2] != nq or indices.shape[1] not in (1, Hkv, H):
@@ -258,26 +240,7 @@ def _check_lists_fit(
         )
     if transposed is None:
         return
-    shapes = ((*indices.shape[:2], nq * indices.shape[3]), (*indices.shape[:2], -(-Nk // block_size[1]) + 1))
-    for name, tensor, shape in zip(("entries", "starts"), transposed, shapes, strict=True):
-        if tensor.shape != shape or tensor.dtype != torch.int32 or tensor.device != query.device:
-            raise ValueError(
-                f"transposed.{name} must be int32 {shape} on {query.device}, as transpose_lists makes it of indices, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            )
-
-
-def _check_rows(
-    query: Tensor, value: Tensor, indices: Tensor, row_scale: Tensor | None, row_bias: Tensor | None
-) -> None:
-    B, H, nq, E = *query.shape[:2], indices.shape[2], value.shape[3]
-    for name, tensor, shape in (("row_scale", row_scale, (B, H, nq)), ("row_bias", row_bias, (B, H, nq, E))):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of a floating-point dtype, got {given}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    widths = (nq * indices.shape[3], -(-Nk // block_size[1]) + 1)
+    for name, tensor, wide in zip(("transposed.entries", "transposed.starts"), transposed, widths, strict=True):
+        check_tensors({name: tensor}, torch.int32, device=query.device)
+        check_shape(name, tensor, *indices.shape[:2], wide)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from shared_kernels._arguments import check_optional, check_shape, check_tensors, check_whole_number
+
 _INT16, _INT32 = 2**15, 2**31
 _RADIX = 2**15  # numbers from which on torch sorts a vector by radix on a CPU
 
@@ -39,8 +41,7 @@ def transpose_lists(
     handed over as `transposed`. Not differentiable; no host synchronisation. Raises as `sparse_attention` does.
     """
     check_list_tensors(indices, counts)
-    if num_key_blocks < 0:
-        raise ValueError(f"num_key_blocks must be at least 0, got {num_key_blocks}")
+    check_whole_number("num_key_blocks", num_key_blocks, 0)
     B, Hl, nq, m = indices.shape
     bins = num_key_blocks + 1  # the last one gathers padding
     named = torch.where(listed(indices, counts), indices, num_key_blocks)
@@ -72,23 +73,11 @@ def listed(indices: Int[Tensor, "B Hl nq m"], counts: Int[Tensor, "B Hl nq"] | N
     return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
 
 
-def check_list_tensors(indices: Tensor, counts: Tensor | None) -> None:
+def check_list_tensors(indices: Tensor, counts: Tensor | None, device: torch.device | None = None) -> None:
     """Raise TypeError or ValueError unless shapes, dtypes and devices of both are right; reads no value."""
-    for name, tensor in (("indices", indices), ("counts", counts)):
-        if tensor is None and name == "counts":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be of dtype torch.int32, got {tensor.dtype}")
-        if tensor.device != indices.device:
-            raise ValueError(f"{name} must be on the device of indices, {indices.device}, got {tensor.device}")
-    if indices.ndim != 4:
-        raise ValueError(f"indices must be (B, list heads, query blocks, m), got {tuple(indices.shape)}")
-    if counts is not None and counts.shape != indices.shape[:-1]:
-        raise ValueError(
-            f"counts must be {tuple(indices.shape[:-1])}, the shape of indices without m, got {tuple(counts.shape)}"
-        )
+    check_tensors({"indices": indices}, torch.int32, device=device)
+    check_shape("indices", indices, "batch", "list heads", "query blocks", "m")
+    check_optional("counts", counts, tuple(indices.shape[:-1]), indices.device, torch.int32)
 
 
 def check_lists(

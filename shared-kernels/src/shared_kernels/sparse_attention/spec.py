@@ -236,11 +236,7 @@ SPEC = OpSpec(
         transposed_lists_change_nothing,
     ),
     refused={
-        "query without heads": (
-            {"query": torch.ones(2, 37, 24)},
-            ValueError,
-            r"query must be \(batch, heads, tokens, head_dim\), got \(2, 37, 24\)",
-        ),
+        "query without heads": ({"query": torch.ones(2, 37, 24)}, ValueError, r"query must have shape \(batch, heads"),
         "integers": (
             {"value": torch.ones(2, 2, 53, 40, dtype=torch.int32)},
             TypeError,
@@ -252,32 +248,16 @@ SPEC = OpSpec(
             "key must be of the dtype of query, torch.float32, got torch.float64",
         ),
         "key as list": ({"key": [1.0]}, TypeError, "key must be a tensor, got list"),
-        "another device": (
-            {"value": torch.ones(2, 2, 53, 40, device="meta")},
-            ValueError,
-            "value must be on the device of query, cpu, got meta",
-        ),
-        "another width": (
-            {"key": torch.ones(2, 2, 53, 23)},
-            ValueError,
-            r"key must be \(2, Hkv, Nk, 24\) for a query of \(2, 4, 37, 24\), got \(2, 2, 53, 23\)",
-        ),
-        "more keys than values": (
-            {"value": torch.ones(2, 2, 52, 40)},
-            ValueError,
-            r"value must be \(2, 2, 53\) \+ \(E,\) as key is, got \(2, 2, 52, 40\)",
-        ),
+        "another device": ({"value": torch.ones(2, 2, 53, 40, device="meta")}, ValueError, "value must be on cpu like"),
+        "another width": ({"key": torch.ones(2, 2, 53, 23)}, ValueError, r"key must have shape \(2, heads, tokens"),
+        "more keys than values": ({"value": torch.ones(2, 2, 52, 40)}, ValueError, r"value must have shape \(2, 2, 53"),
         "heads that do not divide": (
             {"key": torch.ones(2, 3, 53, 24), "value": torch.ones(2, 3, 53, 40)},
             ValueError,
             "heads of query must be a multiple of those of key, got 4 and 3",
         ),
         "infinite scale": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-        "wide indices": (
-            {"indices": torch.zeros(2, 2, 3, 4, dtype=torch.int64)},
-            TypeError,
-            "indices must be of dtype torch.int32, got torch.int64",
-        ),
+        "wide indices": ({"indices": torch.zeros(2, 2, 3, 4, dtype=torch.int64)}, TypeError, "indices must be of"),
         "lists for other blocks": (
             {"block_size": (8, 8)},
             ValueError,
@@ -287,19 +267,15 @@ SPEC = OpSpec(
         "counts of another shape": (
             {"counts": torch.ones(2, 2, 4, dtype=torch.int32)},
             ValueError,
-            r"counts must be \(2, 2, 3\), the shape of indices without m, got \(2, 2, 4\)",
+            r"counts must have shape \(2, 2, 3\), got \(2, 2, 4\)",
         ),
-        "blocks of nothing": ({"block_size": (16, 0)}, ValueError, r"block_size must be two numbers from 1 on"),
-        "scale per head": ({"row_scale": torch.ones(2, 4)}, ValueError, r"row_scale must be \(2, 4, 3\), got \(2, 4\)"),
-        "bias as number": (
-            {"row_bias": 1.0},
-            TypeError,
-            "row_bias must be a tensor of a floating-point dtype, got float",
-        ),
+        "blocks of nothing": ({"block_size": (16, 0)}, ValueError, "block_size must be at least 1, got 0"),
+        "scale per head": ({"row_scale": torch.ones(2, 4)}, ValueError, r"row_scale must have shape \(2, 4, 3\), got"),
+        "bias as number": ({"row_bias": 1.0}, TypeError, "row_bias must be a tensor, got float"),
         "lists of other keys turned round": (
             {"transposed": transpose_lists(torch.zeros(2, 2, 3, 4, dtype=torch.int32), None, num_key_blocks=9)},
             ValueError,
-            r"transposed.starts must be int32 \(2, 2, 8\) on cpu, as transpose_lists makes it of indices",
+            r"transposed.starts must have shape \(2, 2, 8\), got \(2, 2, 10\)",
         ),
     },
     unsupported={"second derivative": "no autograd formula"},

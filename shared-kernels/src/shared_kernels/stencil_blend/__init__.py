@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_optional, check_positive, check_shape, check_tensors
 from shared_kernels.stencil_blend import reference
 
 NAME = "stencil_blend"
@@ -101,7 +102,8 @@ def stencil_blend(
 
     Raises TypeError on what is not a floating-point tensor, ValueError on other shapes, mixed devices or eps <= 0.
     """
-    _check_arguments(x, kernel_x, kernel_y, weight, gain, eps, luma)
+    _check(x, kernel_x, kernel_y, weight, gain, luma)
+    check_positive("eps", eps)  # where both correlations are 0, the magnitude has no gradient without
     if _backend.forced == "reference":
         return reference.stencil_blend(x, kernel_x, kernel_y, weight, gain=gain, eps=eps, luma=luma)
     acc = torch.promote_types(x.dtype, torch.float32)
@@ -115,31 +117,13 @@ def stencil_blend(
     return torch.addcmul(magnitude, wide, 1 - weight).to(x.dtype)
 
 
-def _check_arguments(
-    x: Tensor,
-    kernel_x: Tensor,
-    kernel_y: Tensor,
-    weight: Tensor,
-    gain: Tensor | None,
-    eps: float,
-    luma: Tensor | None,
+def _check(
+    x: Tensor, kernel_x: Tensor, kernel_y: Tensor, weight: Tensor, gain: Tensor | None, luma: Tensor | None
 ) -> None:
-    given = {"x": x, "kernel_x": kernel_x, "kernel_y": kernel_y, "weight": weight}
-    given |= {name: t for name, t in (("gain", gain), ("luma", luma)) if t is not None}
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    if x.ndim != 4:
-        raise ValueError(f"x must be (N, C, H, W), got {tuple(x.shape)}")
-    shapes = {"kernel_x": (3, 3), "kernel_y": (3, 3), "weight": (), "gain": (), "luma": (x.shape[1],)}
-    for name, tensor in given.items():
-        if name != "x" and tensor.shape != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
-    if not eps > 0:
-        raise ValueError(
-            f"eps must be positive, got {eps}: the magnitude has no gradient where both correlations are 0"
-        )
+    check_tensors({"x": x, "kernel_x": kernel_x, "kernel_y": kernel_y, "weight": weight})
+    check_shape("x", x, "N", "C", "H", "W")
+    check_shape("kernel_x", kernel_x, 3, 3)
+    check_shape("kernel_y", kernel_y, 3, 3)
+    check_shape("weight", weight)
+    check_optional("gain", gain, (), x.device)
+    check_optional("luma", luma, (x.shape[1],), x.device)

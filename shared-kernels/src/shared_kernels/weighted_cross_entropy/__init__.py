@@ -10,7 +10,7 @@ a second time. Where the factor of every token is known before, in "sum" and "me
 forward pass instead: three products instead of four. On a GPU that saves nothing, since float32 logits do not stay.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from shared_kernels import _backend
+from shared_kernels._arguments import check_choice, check_optional, check_same_dtype, check_shape, check_tensors
 from shared_kernels.weighted_cross_entropy import reference
 
 NAME = "weighted_cross_entropy"
@@ -207,31 +208,16 @@ def _check_arguments(
     segment_ids: Tensor | None,
     num_segments: int | None,
 ) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    check_choice("reduction", reduction, Reduction)
     if (reduction == "segment_sum") != (segment_ids is not None) or (segment_ids is None) != (num_segments is None):
         raise ValueError("segment_ids and num_segments go with reduction='segment_sum', and it with both")
-    floats = {"hidden": hidden, "weight": weight, "token_weights": token_weights, "bias": bias}
-    integers = {"targets": targets, "segment_ids": segment_ids}
-    for name, tensor in (floats | integers).items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name in floats and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if name in integers and tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be (T, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
-    lengths = {"targets": hidden.shape[0], "token_weights": hidden.shape[0], "segment_ids": hidden.shape[0]}
-    for name, length in (lengths | {"bias": weight.shape[0]}).items():
-        tensor = (floats | integers)[name]
-        if tensor is not None and tensor.shape != (length,):
-            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    check_tensors({"hidden": hidden, "weight": weight})
+    check_tensors({"targets": targets}, torch.int64, device=hidden.device)
+    check_same_dtype({"hidden": hidden, "weight": weight})
+    check_shape("hidden", hidden, "T", "D")
+    check_shape("weight", weight, "V", hidden.shape[1])
+    tokens, vocabulary, device = (hidden.shape[0],), (weight.shape[0],), hidden.device
+    check_shape("targets", targets, *tokens)
+    check_optional("token_weights", token_weights, tokens, device)
+    check_optional("segment_ids", segment_ids, tokens, device, torch.int64)
+    check_optional("bias", bias, vocabulary, device)

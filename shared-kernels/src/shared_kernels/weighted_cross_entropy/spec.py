@@ -150,23 +150,19 @@ SPEC = OpSpec(
         mean_ignores_the_scale_of_weights,
     ),
     refused={
-        "hidden with batch": (
-            {"hidden": torch.ones(2, 23, 19)},
-            ValueError,
-            r"hidden must be \(T, D\) and weight \(V, D\), got \(2, 23, 19\)",
-        ),
-        "weight of another width": ({"weight": torch.ones(37, 20)}, ValueError, r"and \(37, 20\)"),
+        "hidden with batch": ({"hidden": torch.ones(2, 23, 19)}, ValueError, r"hidden must have shape \(T, D\), got"),
+        "weight of another width": ({"weight": torch.ones(37, 20)}, ValueError, r"weight must have shape \(V, 19\)"),
         "targets of another length": (
             {"targets": torch.zeros(22, dtype=torch.int64)},
             ValueError,
             r"targets must have shape \(23,\), got \(22,\)",
         ),
-        "targets of int32": ({"targets": torch.zeros(23, dtype=torch.int32)}, TypeError, "targets must be int64"),
+        "targets of int32": ({"targets": torch.zeros(23, dtype=torch.int32)}, TypeError, "targets must be of"),
         "integers": ({"hidden": torch.ones(23, 19, dtype=torch.int64)}, TypeError, "hidden must be of a floating"),
         "weight of another dtype": (
             {"weight": torch.ones(37, 19, dtype=torch.bfloat16)},
             TypeError,
-            "weight must have the dtype of hidden, torch.float32, got torch.bfloat16",
+            "weight must be of the dtype of hidden, torch.float32, got torch.bfloat16",
         ),
         "weights per word": ({"token_weights": torch.ones(37)}, ValueError, r"token_weights must have shape \(23,\)"),
         "bias per token": ({"bias": torch.ones(23)}, ValueError, r"bias must have shape \(37,\), got \(23,\)"),
@@ -179,7 +175,7 @@ SPEC = OpSpec(
         "another device": (
             {"targets": torch.zeros(23, dtype=torch.int64, device="meta")},
             ValueError,
-            "targets must be on the device of hidden",
+            "targets must be on cpu like the other tensors, got meta",
         ),
         "target past the vocabulary": (
             {"targets": torch.full((23,), 37)},
