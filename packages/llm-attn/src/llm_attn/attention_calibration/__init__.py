@@ -17,12 +17,23 @@ from llm_attn.attention_calibration.calibrate import calibrate_known_sinks, cali
 from llm_attn.attention_calibration.config import ACTConfig
 from llm_attn.attention_calibration.door import apply_act
 from llm_attn.attention_calibration.running import SinkState, running_attention
+from llm_attn.attention_calibration.scoring import Choice, choice_scores
+from llm_attn.attention_calibration.search import HeadTable, HeadTrial, calibrate_heads
+from llm_attn.attention_calibration.sink_map import SinkMap, plot_sinks, sink_map
 
 __all__ = [
     "ACTConfig",
+    "Choice",
+    "HeadTable",
+    "HeadTrial",
+    "SinkMap",
     "SinkState",
     "apply_act",
+    "calibrate_heads",
     "calibrate_known_sinks",
     "calibrated_attention",
+    "choice_scores",
+    "plot_sinks",
     "running_attention",
+    "sink_map",
 ]

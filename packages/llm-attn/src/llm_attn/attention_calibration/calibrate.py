@@ -1,6 +1,6 @@
 """Calibration of a whole prompt, in two passes of ordinary attention and one over the scores.
 
-With N the keys that are no sinks and M a row's mass on sinks, the calibrated row (equation in `reference.calibrate_map`)
+With N the keys that are no sinks and M a row's mass on sinks, the calibrated row (see `reference.calibrate_map`)
 
     out = (1 - beta M) / (1 - M) * sum_N P v  +  beta * sum_S P v,        sum_S P v = plain output - sum_N P v
 
@@ -110,9 +110,9 @@ def _with_scaled_sinks(
     softcap: float | None,
 ) -> Tensor:
     E, wide = value.shape[3], torch.promote_types(plain.dtype, torch.float32)
-    more = 8 - E % 8  # kernels want multiples of 8
+    # query and key grow by zeros as value grows by a column: fused kernels want one head_dim, a multiple of 8
+    more = 8 - E % 8
     others = ~sinks[..., None]
-    # query and key grow too, by zeros: fused kernels want one head_dim
     ones = F.pad(others.to(value.dtype), (0, more - 1))
     values = torch.cat([value.masked_fill(~others, 0), ones], -1)
     both = dense_attention(

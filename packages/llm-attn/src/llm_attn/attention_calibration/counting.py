@@ -106,7 +106,7 @@ def attention_sums(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "B h Nk"]:
-    """What each key receives from all rows that are no padding, in float32 at least; the map is never whole in memory."""
+    """What each key receives from all rows that are no padding, in float32 at least, without the map."""
     (B, h, Nq, _), Nk = query.shape, key.shape[2]
     real = real_rows(visible, Nq, Nk, query.device)
     if visible.mask is None and softcap is None:

@@ -2,7 +2,7 @@
 
 What a layer has counted belongs to the text in the cache, so it is kept on the layer of the cache and is reordered,
 repeated and reset with it: beams and batches then need no care. The attention function is not given the cache; hooks
-hand it over, which is why "act" chosen by `attn_implementation` alone, without `apply_act`, cannot go on after a prompt.
+hand it over, which is why "act" chosen by `attn_implementation` alone, without `apply_act`, ends with the prompt.
 """
 
 from abc import ABC
@@ -26,7 +26,7 @@ from llm_attn.transformers.visibility import Visibility, dense_attention
 
 NAME = "act"
 OnSinks = Callable[[int, tuple[int, ...], Float[Tensor, "B h Nk"], Bool[Tensor, "B h Nk"]], None]
-"""Told, after each call of a layer: its index, the heads, what each key received on average, and which are sinks."""
+"""Told, after each call of a layer: its index, the heads, what each key received on average, and sinks of any row."""
 
 # what layers carry while the door is open, and what layers of a cache carry
 _HEADS, _CACHE, _WATCHER, _STATE = "llm_attn_act_heads", "llm_attn_act_cache", "llm_attn_act_on_sinks", "llm_attn_act"
@@ -196,7 +196,7 @@ def _begin(call: _Call) -> Tensor:
     sinks, received = prompt_sinks(*parts[:2], visible, call.config, scale=scale, softcap=softcap)
     shape = query.shape[2], key.shape[2], query.device
     rows, first = (of(visible, *shape)[:, None].expand(len(query), 1, -1) for of in (rows_that_see, first_keys))
-    _keep(call, SinkState(query.shape[2], received, rows, first, sinks))
+    _keep(call, SinkState(query.shape[2], received, rows, first, sinks, sinks))
     if not call.changes:
         return out
     plain = call.plain() if call.dropout > 0 else out
@@ -247,10 +247,10 @@ def _keep(call: _Call, state: SinkState) -> None:
         setattr(slot, _STATE, state)
     on_sinks: OnSinks | None = getattr(call.layer, _WATCHER, None)
     if on_sinks is not None:
-        on_sinks(call.layer.layer_idx, call.heads, state.received / state.rows.clamp(min=1), state.sinks)
+        on_sinks(call.layer.layer_idx, call.heads, state.received / state.rows.clamp(min=1), state.flagged)
 
 
-class _Follows(ABC):  # as CacheLayerMixin is: objects change class only between classes of one layout
+class _Follows(ABC):  # noqa: B024 - as CacheLayerMixin is: an object changes class only between like layouts
     """What a layer of a cache does with its texts, done with what was counted of them too."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The definition: attention calibration on a whole attention map, in plain torch; what the fast versions are held against.
+"""The definition: calibration of a whole attention map, in plain torch; what the fast versions are held against.
 
 The map P (B, H, Nq, Nk) has rows that sum to 1; a row's own key is number i + Nk - Nq.
 """

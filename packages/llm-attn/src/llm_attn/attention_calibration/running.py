@@ -31,6 +31,8 @@ class SinkState:
     """Keys that begin a text."""
     sinks: Bool[Tensor, "B h n"]
     """Sinks of the last row."""
+    flagged: Bool[Tensor, "B h n"]
+    """Sinks of any row of the last call."""
 
     @staticmethod
     def empty(batch: int, heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> "SinkState":
@@ -40,12 +42,13 @@ class SinkState:
             torch.zeros(batch, heads, 0, device=device, dtype=torch.promote_types(dtype, torch.float32)),
             torch.zeros(batch, 1, 0, dtype=torch.int64, device=device),
             torch.zeros(batch, 1, 0, dtype=torch.bool, device=device),
-            torch.zeros(batch, heads, 0, dtype=torch.bool, device=device),
+            *torch.zeros(2, batch, heads, 0, dtype=torch.bool, device=device),
         )
 
     def of_batch(self, change: Callable[[Tensor], Tensor]) -> "SinkState":
         """With rows of the batch chosen, repeated or reordered."""
-        return SinkState(self.seen, *(change(t) for t in (self.received, self.rows, self.first, self.sinks)))
+        kept = (self.received, self.rows, self.first, self.sinks, self.flagged)
+        return SinkState(self.seen, *(change(tensor) for tensor in kept))
 
     def extended(self, new: int, num_keys: int) -> "SinkState":
         """With room for `new` keys at the end, `num_keys` in all: a sliding cache has dropped the oldest."""
@@ -78,6 +81,7 @@ def running_attention(
     (B, _, Nq, _), Nk, device = query.shape, key.shape[2], query.device
     frozen = config.decode == "frozen" and state.seen > 0
     state = state.extended(Nq, Nk)
+    state = replace(state, flagged=state.sinks if frozen else torch.zeros_like(state.sinks))
     if not frozen:
         new = first_keys(visible, Nq, Nk, device)[:, None].expand(B, 1, Nk)
         state = replace(state, first=state.first | new)
@@ -110,7 +114,8 @@ def _count(
         torch.cat([of_last[:, :, -1], before[..., keys:]], -1)
         for of_last, before in ((received, state.received), (rows, state.rows), (sinks, state.sinks))
     ]
-    return sinks, SinkState(state.seen, after[0], after[1], state.first, after[2])
+    flagged = torch.cat([state.flagged[..., :keys] | sinks.any(2), state.flagged[..., keys:]], -1)
+    return sinks, SinkState(state.seen, after[0], after[1], state.first, after[2], flagged)
 
 
 def _scale_sinks(attention: Tensor, sinks: Tensor, beta: float) -> Tensor:
