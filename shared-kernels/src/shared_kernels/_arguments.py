@@ -103,8 +103,8 @@ def check_block_size(block_size: Any) -> None:
 
 
 def check_whole_number(name: str, number: Any, low: int, high: int | None = None) -> None:
-    """An int from low on, to high if there is one; True is none."""
-    if isinstance(number, bool) or not isinstance(number, int):
+    """An int (or, while tracing, what stands for one) from low on, to high if there is one; True is none."""
+    if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
         raise TypeError(f"{name} must be a whole number, got {type(number).__name__}")
     if number < low or (high is not None and number > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -44,13 +45,30 @@ def implementation(op: str, tensor: Tensor) -> Any:
     """`shared_kernels.<op>.cpu` or `.triton`, imported on first use: who does not need Triton does not need it here.
 
     Both hold `forward` for the registered op <op>, and a function called like what follows in the name of each further
-    one: `backward` for <op>_backward, `phase1` for <op>_phase1. Arguments are those of the registered ops.
+    one: `backward` for <op>_backward, `phase1` for <op>_phase1.
     """
     name = forced or _OF_DEVICE[tensor.device.type]
     module = importlib.import_module(f"shared_kernels.{op}.{name}")
     if name == "triton" and tensor.device.type == "cpu":
         return _Interpreted(module)
     return module
+
+
+def library_op(op: str, function: str, schema: str, *, mutates: tuple[str, ...] = ()) -> CustomOpDef:
+    """Register `shared_kernels::<op>` or `<op>_<function>`, which calls that function of the implementation in force.
+
+    `schema` names the arguments and results, which are those of the function: it is `forward` for the op itself. The
+    first argument, or the first tensor of a list, says by its device which implementation that is.
+    """
+    name = op if function == "forward" else f"{op}_{function}"
+
+    def call(*arguments: Any) -> Any:
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        return getattr(implementation(op, first), function)(*arguments)
+
+    return torch.library.custom_op(
+        f"shared_kernels::{name}", call, mutates_args=mutates, device_types=("cpu", "cuda"), schema=schema
+    )
 
 
 class _Interpreted:

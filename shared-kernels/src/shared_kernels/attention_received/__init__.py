@@ -30,21 +30,13 @@ NAME = "attention_received"
 Reduction = Literal["sum", "mean"]
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    row_weights: Tensor | None,
-    lse: Tensor | None,
-    first: int,
-    last: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention on keys first to last, and the log-sum-exp if it was not given."""
-    run = _backend.implementation(NAME, query).forward
-    return run(query, key, bounds, key_mask, row_weights, lse, first, last, scale)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor query, Tensor key, Tensor? bounds, Tensor? key_mask, Tensor? row_weights, Tensor? lse, SymInt first, "
+    "SymInt last, float scale) -> (Tensor, Tensor)",
+)
+"""Attention on keys first to last, and the log-sum-exp if it was not given."""
 
 
 @_forward.register_fake
@@ -55,23 +47,13 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa:
     return received, query.new_empty(query.shape[:3] if lse is None else (0,), dtype=wide)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_received: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    row_weights: Tensor | None,
-    lse: Tensor,
-    first: int,
-    last: int,
-    scale: float,
-    normalised: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query and key, and sum_j P_ij d_received_j of every row; `normalised` if the LSE is the op's own."""
-    run = _backend.implementation(NAME, query).backward
-    return run(d_received, query, key, bounds, key_mask, row_weights, lse, first, last, scale, normalised)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_received, Tensor query, Tensor key, Tensor? bounds, Tensor? key_mask, Tensor? row_weights, Tensor lse, "
+    "SymInt first, SymInt last, float scale, bool normalised) -> (Tensor, Tensor, Tensor)",
+)
+"""Gradients of query and key, and sum_j P_ij d_received_j of every row; `normalised` if the LSE is the op's own."""
 
 
 @_backward.register_fake

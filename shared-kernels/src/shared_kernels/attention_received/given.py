@@ -25,20 +25,13 @@ Statistic = Literal["lse", "entropy", "mass"]
 _MOST_GROUPS = 64
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_given", mutates_args=(), device_types=("cpu", "cuda"))
-def _given(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    labels: Tensor | None,
-    num_groups: int,
-    entropy: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, entropy and masses; what is not asked for is empty."""
-    run = _backend.implementation(NAME, query).given
-    return run(query, key, bounds, key_mask, labels, num_groups, entropy, scale)
+_given = _backend.library_op(
+    NAME,
+    "given",
+    "(Tensor query, Tensor key, Tensor? bounds, Tensor? key_mask, Tensor? labels, SymInt num_groups, bool entropy, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+)
+"""Log-sum-exp, entropy and masses; what is not asked for is empty."""
 
 
 @_given.register_fake
@@ -48,23 +41,13 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]: 
     return lse, lse.new_empty(lse.shape if entropy else (0,)), lse.new_empty((*lse.shape, num_groups))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_given_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _given_backward(
-    d_scores: Tensor,
-    d_entropy: Tensor | None,
-    d_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    labels: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients through d score = P * (d_scores - d_entropy * (ln P + entropy) + d_mass of the key's group)."""
-    run = _backend.implementation(NAME, query).given_backward
-    return run(d_scores, d_entropy, d_mass, query, key, bounds, key_mask, labels, lse, entropy, scale)
+_given_backward = _backend.library_op(
+    NAME,
+    "given_backward",
+    "(Tensor d_scores, Tensor? d_entropy, Tensor d_mass, Tensor query, Tensor key, Tensor? bounds, Tensor? key_mask, "
+    "Tensor? labels, Tensor lse, Tensor entropy, float scale) -> (Tensor, Tensor)",
+)
+"""Gradients through d score = P * (d_scores - d_entropy * (ln P + entropy) + d_mass of the key's group)."""
 
 
 @_given_backward.register_fake
@@ -90,9 +73,7 @@ def _differentiate(ctx: Any, d_lse: Tensor, d_entropy: Tensor, d_mass: Tensor) -
 _given.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_argmax", mutates_args=(), device_types=("cpu", "cuda"))
-def _argmax(query: Tensor, key: Tensor, bounds: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    return _backend.implementation(NAME, query).argmax(query, key, bounds, key_mask)
+_argmax = _backend.library_op(NAME, "argmax", "(Tensor query, Tensor key, Tensor? bounds, Tensor? key_mask) -> Tensor")
 
 
 @_argmax.register_fake

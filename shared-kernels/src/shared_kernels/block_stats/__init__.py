@@ -30,9 +30,7 @@ class BlockStats(NamedTuple):
     """Mean over the block's tokens of |x - mean|."""
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(x: Tensor, lengths: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    return _backend.implementation(NAME, x).forward(x, lengths, block_size)
+_forward = _backend.library_op(NAME, "forward", "(Tensor x, Tensor? lengths, SymInt block_size) -> (Tensor, Tensor)")
 
 
 @_forward.register_fake
@@ -42,11 +40,11 @@ def _(x: Tensor, lengths: Tensor | None, block_size: int) -> tuple[Tensor, Tenso
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_mean: Tensor, d_deviation: Tensor, x: Tensor, lengths: Tensor | None, mean: Tensor, block_size: int
-) -> Tensor:
-    return _backend.implementation(NAME, x).backward(d_mean, d_deviation, x, lengths, mean, block_size)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_mean, Tensor d_deviation, Tensor x, Tensor? lengths, Tensor mean, SymInt block_size) -> Tensor",
+)
 
 
 @_backward.register_fake

@@ -36,12 +36,12 @@ Softmax = Literal["row", "column", "dual"]
 _MOST_VALUES = 16
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    source: Tensor, target: Tensor, values: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    run = _backend.implementation(NAME, source).forward
-    return run(source, target, values, row_scale, column_scale, bias)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor source, Tensor target, Tensor values, Tensor row_scale, Tensor column_scale, Tensor bias) "
+    "-> (Tensor, Tensor)",
+)
 
 
 @_forward.register_fake
@@ -50,21 +50,12 @@ def _(source: Tensor, target: Tensor, values: Tensor, row_scale: Tensor, *_: Ten
     return values.new_empty((B, N, values.shape[-1])), row_scale.new_empty((B, N))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    source: Tensor,
-    target: Tensor,
-    values: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, source).backward
-    return run(d_out, d_lse, source, target, values, row_scale, column_scale, bias, out, lse)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor d_lse, Tensor source, Tensor target, Tensor values, Tensor row_scale, Tensor column_scale, "
+    "Tensor bias, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

@@ -30,20 +30,16 @@ from shared_kernels.depth_attention import reference
 NAME = "depth_attention"
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    sources: list[Tensor],
-    queries: Tensor,
-    state_out: Tensor | None,
-    state_lse: Tensor | None,
-    eps: float,
-    normed_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sources (T, D), queries (S, D), state (S, T, D) and (S, T).
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor[] sources, Tensor queries, Tensor? state_out, Tensor? state_lse, float eps, bool normed_values) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+"""Sources (T, D), queries (S, D), state (S, T, D) and (S, T).
 
-    Returns the mix (S, T, D), its log-sum-exp (S, T), scores (T, L, S) and one over the root mean square (T, L, 1).
-    """
-    return _backend.implementation(NAME, queries).forward(sources, queries, state_out, state_lse, eps, normed_values)
+Returns the mix (S, T, D), its log-sum-exp (S, T), scores (T, L, S) and one over the root mean square (T, L, 1).
+"""
 
 
 @_forward.register_fake
@@ -53,22 +49,13 @@ def _(sources: list[Tensor], queries: Tensor, *_: Any) -> tuple[Tensor, Tensor, 
     return out, queries.new_empty((S, T)), queries.new_empty((T, L, S)), queries.new_empty((T, L, 1))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    d_scores: Tensor,
-    scores: Tensor,
-    inverse: Tensor,
-    sources: list[Tensor],
-    queries: Tensor,
-    state_out: Tensor | None,
-    state_lse: Tensor | None,
-    normed_values: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Gradients of sources, queries and both parts of the state, which are empty where there is none."""
-    run = _backend.implementation(NAME, queries).backward
-    return run(d_out, d_lse, d_scores, scores, inverse, sources, queries, state_out, state_lse, normed_values)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor d_lse, Tensor d_scores, Tensor scores, Tensor inverse, Tensor[] sources, Tensor queries, "
+    "Tensor? state_out, Tensor? state_lse, bool normed_values) -> (Tensor[], Tensor, Tensor, Tensor)",
+)
+"""Gradients of sources, queries and both parts of the state, which are empty where there is none."""
 
 
 @_backward.register_fake

@@ -32,20 +32,12 @@ Method = Literal["max_min", "dpp", "threshold"]
 Metric = Literal["cosine", "euclidean"]
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    features: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    given: Tensor,
-    threshold: Tensor | None,
-    num_kept: int,
-    method: str,
-    metric: str,
-    isolated: bool,
-) -> Tensor:
-    run = _backend.implementation(NAME, features).forward
-    return run(features, weight, mask, given, threshold, num_kept, method, metric, isolated)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor features, Tensor weight, Tensor mask, Tensor given, Tensor? threshold, SymInt num_kept, str method, "
+    "str metric, bool isolated) -> Tensor",
+)
 
 
 @_forward.register_fake

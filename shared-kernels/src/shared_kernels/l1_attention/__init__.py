@@ -29,20 +29,13 @@ __all__ = ["l1_attention"]
 NAME = "l1_attention"
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    n_keys: Tensor,
-    log_d: float,
-    power: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output, and the state (3, B, H, Nq): sum of softplus, largest excess, sum of its powers relative to that."""
-    run = _backend.implementation(NAME, query).forward
-    return run(query, key, value, bounds, key_mask, n_keys, log_d, power)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor n_keys, float log_d, "
+    "float? power) -> (Tensor, Tensor)",
+)
+"""Output, and the state (3, B, H, Nq): sum of softplus, largest excess, sum of its powers relative to that."""
 
 
 @_forward.register_fake
@@ -51,21 +44,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty((3, *query.shape[:3]), dtype=wide)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: Tensor,
-    bounds: Tensor | None,
-    key_mask: Tensor | None,
-    n_keys: Tensor,
-    log_d: float,
-    power: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).backward
-    return run(d_out, query, key, value, state, bounds, key_mask, n_keys, log_d, power)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor state, Tensor? bounds, Tensor? key_mask, "
+    "Tensor n_keys, float log_d, float? power) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

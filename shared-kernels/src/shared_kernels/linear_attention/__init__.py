@@ -41,19 +41,12 @@ NAME = "linear_attention"
 CHUNK = 64  # tokens whose mutual products are formed; what is counted, and what all implementations use
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_wanted: bool,
-) -> tuple[Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).forward
-    return run(query, key, value, log_decay, initial_state, cu_seqlens, scale, state_wanted)
+_causal = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float scale, bool state_wanted) -> (Tensor, Tensor)",
+)
 
 
 @_causal.register_fake
@@ -69,20 +62,12 @@ def _new_state(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | N
     return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _causal_backward(
-    d_out: Tensor,
-    d_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).backward
-    return run(d_out, d_state, query, key, value, log_decay, initial_state, cu_seqlens, scale)
+_causal_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor? d_state, Tensor query, Tensor key, Tensor value, Tensor? log_decay, "
+    "Tensor? initial_state, Tensor? cu_seqlens, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_causal_backward.register_fake
@@ -107,25 +92,14 @@ def _differentiate_causal(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Ten
 _causal.register_autograd(_differentiate_causal, setup_context=_save_causal)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_full", mutates_args=(), device_types=("cpu", "cuda"))
-def _full(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    block_mask: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    normalizer: str,
-    eps: float,
-    state_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, state (nothing with a block mask) and what the output was divided by (nothing without normalizer)."""
-    run = _backend.implementation(NAME, query).full
-    sizes = (block_q, block_k)
-    return run(query, key, value, initial_state, cu_seqlens, block_mask, *sizes, scale, normalizer, eps, state_wanted)
+_full = _backend.library_op(
+    NAME,
+    "full",
+    "(Tensor query, Tensor key, Tensor value, Tensor? initial_state, Tensor? cu_seqlens, Tensor? block_mask, "
+    "SymInt block_q, SymInt block_k, float scale, str normalizer, float eps, bool state_wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+"""Output, state (nothing with a block mask) and what the output was divided by (nothing without normalizer)."""
 
 
 @_full.register_fake
@@ -148,27 +122,13 @@ def _(
     return out, state if block_mask is None else state.new_empty(0), divisor
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_full_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _full_backward(
-    d_out: Tensor,
-    d_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor | None,
-    state: Tensor,
-    divisor: Tensor,
-    cu_seqlens: Tensor | None,
-    block_mask: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    normalizer: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).full_backward
-    saved = (query, key, value, out, state, divisor, cu_seqlens, block_mask)
-    return run(d_out, d_state, *saved, block_q, block_k, scale, normalizer, eps)
+_full_backward = _backend.library_op(
+    NAME,
+    "full_backward",
+    "(Tensor d_out, Tensor? d_state, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor state, "
+    "Tensor divisor, Tensor? cu_seqlens, Tensor? block_mask, SymInt block_q, SymInt block_k, float scale, "
+    "str normalizer, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_full_backward.register_fake
@@ -195,9 +155,12 @@ def _differentiate_full(ctx: Any, d_out: Tensor, d_state: Tensor, _: Any) -> tup
 _full.register_autograd(_differentiate_full, setup_context=_save_full)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_step", mutates_args=("state",), device_types=("cpu", "cuda"))
-def _step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
-    return _backend.implementation(NAME, query).step(query, key, value, state, log_decay, scale)
+_step = _backend.library_op(
+    NAME,
+    "step",
+    "(Tensor query, Tensor key, Tensor value, Tensor(a3!) state, Tensor? log_decay, float scale) -> Tensor",
+    mutates=("state",),
+)
 
 
 @_step.register_fake

@@ -34,22 +34,12 @@ NAME = "local_attention"
 Border = Literal["zero", "mask"]
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    block: int,
-    halo: int,
-    stride: int,
-    step: int,
-    masked: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).forward
-    return run(query, key, value, row_logits, column_logits, block, halo, stride, step, masked, scale)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor? row_logits, Tensor? column_logits, SymInt block, SymInt halo, "
+    "SymInt stride, SymInt step, bool masked, float scale) -> (Tensor, Tensor)",
+)
 
 
 @_forward.register_fake
@@ -58,26 +48,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return query.new_empty((*query.shape[:4], value.shape[4])), query.new_empty(query.shape[:4], dtype=wide)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    delta: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_logits: Tensor | None,
-    column_logits: Tensor | None,
-    lse: Tensor,
-    block: int,
-    halo: int,
-    stride: int,
-    step: int,
-    masked: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).backward
-    tensors = (d_out, delta, query, key, value, row_logits, column_logits, lse)
-    return run(*tensors, block, halo, stride, step, masked, scale)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor delta, Tensor query, Tensor key, Tensor value, Tensor? row_logits, Tensor? column_logits, "
+    "Tensor lse, SymInt block, SymInt halo, SymInt stride, SymInt step, bool masked, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

@@ -26,11 +26,11 @@ from shared_kernels.local_attention import reference
 FOLDER = "local_attention"
 
 
-@torch.library.custom_op(f"shared_kernels::{FOLDER}_neighborhood", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _backend.implementation(FOLDER, query).neighborhood(query, key, value, bias, kernel_size, scale)
+_forward = _backend.library_op(
+    FOLDER,
+    "neighborhood",
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt kernel_size, float scale) -> (Tensor, Tensor)",
+)
 
 
 @_forward.register_fake
@@ -39,22 +39,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return query.new_empty((*query.shape[:4], value.shape[4])), query.new_empty(query.shape[:4], dtype=wide)
 
 
-@torch.library.custom_op(
-    f"shared_kernels::{FOLDER}_neighborhood_backward", mutates_args=(), device_types=("cpu", "cuda")
+_backward = _backend.library_op(
+    FOLDER,
+    "neighborhood_backward",
+    "(Tensor d_out, Tensor delta, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor lse, "
+    "SymInt kernel_size, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(
-    d_out: Tensor,
-    delta: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    kernel_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(FOLDER, query).neighborhood_backward
-    return run(d_out, delta, query, key, value, bias, lse, kernel_size, scale)
 
 
 @_backward.register_fake

@@ -24,9 +24,7 @@ NAME = "local_correlation"
 _LARGEST_RADIUS = 15
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(source: Tensor, target: Tensor, radius: int, scale: float) -> Tensor:
-    return _backend.implementation(NAME, source).forward(source, target, radius, scale)
+_forward = _backend.library_op(NAME, "forward", "(Tensor source, Tensor target, SymInt radius, float scale) -> Tensor")
 
 
 @_forward.register_fake
@@ -35,9 +33,11 @@ def _(source: Tensor, _target: Tensor, radius: int, _scale: float) -> Tensor:
     return source.new_empty((B, (2 * radius + 1) ** 2, H, W))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(d_out: Tensor, source: Tensor, target: Tensor, radius: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _backend.implementation(NAME, source).backward(d_out, source, target, radius, scale)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor source, Tensor target, SymInt radius, float scale) -> (Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

@@ -32,12 +32,12 @@ Border = Literal["replicate", "zero"]
 Offsets = Sequence[tuple[int, int]]
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    value: Tensor, logits: Tensor, offsets: list[int], factor: int, softmax: bool, replicate: bool
-) -> tuple[Tensor, Tensor]:
-    """Value (B, h, w, C) to output (B, H, W, C) and, with softmax, the maximum and 1 / sum behind it, (2, B, H, W)."""
-    return _backend.implementation(NAME, value).forward(value, logits, offsets, factor, softmax, replicate)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor value, Tensor logits, SymInt[] offsets, SymInt factor, bool softmax, bool replicate) -> (Tensor, Tensor)",
+)
+"""Value (B, h, w, C) to output (B, H, W, C) and, with softmax, the maximum and 1 / sum behind it, (2, B, H, W)."""
 
 
 @_forward.register_fake
@@ -48,19 +48,12 @@ def _(value: Tensor, logits: Tensor, offsets: list[int], factor: int, softmax: b
     return value.new_empty((B, height, width, value.shape[3])), stats
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    value: Tensor,
-    logits: Tensor,
-    stats: Tensor,
-    offsets: list[int],
-    factor: int,
-    softmax: bool,
-    replicate: bool,
-) -> tuple[Tensor, Tensor]:
-    run = _backend.implementation(NAME, value).backward
-    return run(d_out, value, logits, stats, offsets, factor, softmax, replicate)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor value, Tensor logits, Tensor stats, SymInt[] offsets, SymInt factor, bool softmax, "
+    "bool replicate) -> (Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

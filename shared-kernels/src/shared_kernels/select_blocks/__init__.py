@@ -40,9 +40,11 @@ class BlockLists(NamedTuple):
     """int32, how many of the m entries hold."""
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(scores: Tensor, forced: Tensor | None, topk: int, topp: float | None) -> tuple[Tensor, Tensor]:
-    return _backend.implementation(NAME, scores).forward(scores, forced, topk, topp)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor scores, Tensor? forced, SymInt topk, float? topp) -> (Tensor, Tensor)",
+)
 
 
 @_forward.register_fake

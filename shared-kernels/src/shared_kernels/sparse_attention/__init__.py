@@ -41,22 +41,13 @@ __all__ = ["TransposedLists", "check_lists", "sparse_attention", "transpose_list
 NAME = "sparse_attention"
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    causal: bool,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    entries: Tensor | None = None,  # noqa: ARG001 - waits for the backward pass, as does the next
-    starts: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).forward
-    return run(query, key, value, indices, counts, causal, scale, block_q, block_k)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, bool causal, float scale, "
+    "SymInt block_q, SymInt block_k, Tensor? entries, Tensor? starts) -> (Tensor, Tensor)",
+)
+"""The last two, the lists turned round, wait here for the backward pass."""
 
 
 @_forward.register_fake
@@ -65,26 +56,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    delta: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    entries: Tensor,
-    starts: Tensor,
-    causal: bool,
-    scale: float,
-    block_q: int,
-    block_k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, query).backward
-    lists = (indices, counts, entries, starts)
-    return run(d_out, delta, query, key, value, lse, *lists, causal, scale, block_q, block_k)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor delta, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor indices, Tensor counts, "
+    "Tensor entries, Tensor starts, bool causal, float scale, SymInt block_q, SymInt block_k) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

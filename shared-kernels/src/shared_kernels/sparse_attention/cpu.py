@@ -29,6 +29,7 @@ def forward(
     scale: float,
     block_q: int,
     block_k: int,
+    *_turned_round: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if 0 in (query.numel(), key.numel(), indices.numel()):
         wide = torch.promote_types(query.dtype, torch.float32)

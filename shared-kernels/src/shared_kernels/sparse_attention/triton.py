@@ -396,7 +396,7 @@ def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor,
-    causal: bool, scale: float, block_q: int, block_k: int,
+    causal: bool, scale: float, block_q: int, block_k: int, *_turned_round: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     no_float64(query)
     out = query.new_empty((*query.shape[:3], value.shape[3]))

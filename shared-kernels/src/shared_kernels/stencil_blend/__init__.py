@@ -25,9 +25,11 @@ NAME = "stencil_blend"
 _FLOPS_OF_CORRELATIONS = 2 * 2 * 9  # two kernels, a multiplication and an addition for each of nine taps
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(x: Tensor, kernel_x: Tensor, kernel_y: Tensor, edge: Tensor, keep: Tensor, eps: float) -> Tensor:
-    return _backend.implementation(NAME, x).forward(x, kernel_x, kernel_y, edge, keep, eps)
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor x, Tensor kernel_x, Tensor kernel_y, Tensor edge, Tensor keep, float eps) -> Tensor",
+)
 
 
 @_forward.register_fake
@@ -35,19 +37,12 @@ def _(x: Tensor, *_: Tensor | float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_out: Tensor,
-    x: Tensor,
-    kernel_x: Tensor,
-    kernel_y: Tensor,
-    edge: Tensor,
-    keep: Tensor,
-    eps: float,
-    kernels_too: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = _backend.implementation(NAME, x).backward
-    return run(d_out, x, kernel_x, kernel_y, edge, keep, eps, kernels_too)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_out, Tensor x, Tensor kernel_x, Tensor kernel_y, Tensor edge, Tensor keep, float eps, "
+    "bool kernels_too) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

@@ -25,15 +25,15 @@ NAME = "weighted_cross_entropy"
 Reduction = Literal["none", "sum", "mean", "segment_sum"]
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Losses (T,), and of every softmax the largest logit and the logarithm of the sum, (2, T) to base 2; 0 if ignored.
+_forward = _backend.library_op(
+    NAME,
+    "forward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, SymInt ignore_index) -> (Tensor, Tensor)",
+)
+"""Losses (T,), and of every softmax the largest logit and the logarithm of the sum, (2, T) to base 2; 0 if ignored.
 
-    Kept apart, since a large log-sum-exp would round off what the probabilities of the backward pass need.
-    """
-    return _backend.implementation(NAME, hidden).forward(hidden, weight, bias, targets, ignore_index)
+Kept apart, since a large log-sum-exp would round off what the probabilities of the backward pass need.
+"""
 
 
 @_forward.register_fake
@@ -42,21 +42,13 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape[0], dtype=acc), hidden.new_empty((2, hidden.shape[0]), dtype=acc)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward(
-    d_losses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softmax: Tensor,
-    ignore_index: int,
-    hidden_too: bool,
-    weight_too: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, which are empty where they are not asked for or there is none."""
-    run = _backend.implementation(NAME, hidden).backward
-    return run(d_losses, hidden, weight, bias, targets, softmax, ignore_index, hidden_too, weight_too)
+_backward = _backend.library_op(
+    NAME,
+    "backward",
+    "(Tensor d_losses, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor softmax, "
+    "SymInt ignore_index, bool hidden_too, bool weight_too) -> (Tensor, Tensor, Tensor)",
+)
+"""Gradients of hidden, weight and bias, which are empty where they are not asked for or there is none."""
 
 
 @_backward.register_fake
@@ -82,23 +74,16 @@ def _differentiate(ctx: Any, d_losses: Tensor, _: Tensor) -> tuple[Tensor | None
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_total", mutates_args=(), device_types=("cpu", "cuda"))
-def _total(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor,
-    ignore_index: int,
-    hidden_too: bool,
-    weight_too: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of weighted losses, the losses, and that sum's gradients of hidden, weight and bias, as `_backward`'s.
+_total = _backend.library_op(
+    NAME,
+    "total",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor token_weights, SymInt ignore_index, "
+    "bool hidden_too, bool weight_too) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+"""The sum of weighted losses, the losses, and that sum's gradients of hidden, weight and bias, as `_backward`'s.
 
-    All are float32 at least: the gradients are still to be scaled, by little after a sum over many tokens.
-    """
-    run = _backend.implementation(NAME, hidden).total
-    return run(hidden, weight, bias, targets, token_weights, ignore_index, hidden_too, weight_too)
+All are float32 at least: the gradients are still to be scaled, by little after a sum over many tokens.
+"""
 
 
 @_total.register_fake
@@ -110,10 +95,8 @@ def _(
     return tuple(token_weights.new_empty(shape) for shape in (*shapes, 0 if bias is None else bias.shape))
 
 
-@torch.library.custom_op(f"shared_kernels::{NAME}_total_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _total_backward(d_total: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """Registered, since a second derivative through plain torch would come out wrong instead of failing."""
-    return _backend.implementation(NAME, d_total).total_backward(d_total, gradients)
+_total_backward = _backend.library_op(NAME, "total_backward", "(Tensor d_total, Tensor[] gradients) -> Tensor[]")
+"""Registered, since a second derivative through plain torch would come out wrong instead of failing."""
 
 
 @_total_backward.register_fake
