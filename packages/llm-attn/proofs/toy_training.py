@@ -15,6 +15,7 @@ Each finished run is in `<out>/toy_training/<variant>.json`, so that a second st
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +35,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llm_attn.softplus_attention import Mode, SoftplusConfig, apply_softplus, cosines, log_scale, softplus_weights
+from llm_attn.transformers.door import layer_config
+
 SYMBOLS, SEPARATOR, END = 40, 40, 41
 VOCABULARY = SYMBOLS + 2
+RESULTS = Path(__file__).parent / "results"
 stderr = Console(stderr=True)
 
 
@@ -43,7 +48,9 @@ stderr = Console(stderr=True)
 class Recipe:
     """What all variants share."""
 
-    steps: int = 1200
+    steps: int = 1500
+    warm_up: int = 100
+    """Steps over which the learning rate rises, before it falls to a tenth by a cosine."""
     batch: int = 64
     train_length: int = 32
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -57,7 +64,7 @@ class Recipe:
     """Rows whose attention maps are looked at."""
 
 
-QUICK = Recipe(steps=6, batch=8, lengths=(32, 64), seeds=(0,), look_every=3, test_rows=8, looked_at=2)
+QUICK = Recipe(steps=6, warm_up=2, batch=8, lengths=(32, 64), seeds=(0,), look_every=3, test_rows=8, looked_at=2)
 
 
 # ---- tasks: (rows, length, generator) -> tokens, and which of them the tokens before determine
@@ -93,7 +100,7 @@ def llama(seed: int, **changes: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
-        intermediate_size=192,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -104,12 +111,22 @@ def llama(seed: int, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def softplus(seed: int, *, power: float | None = None, mode: Mode = "softplus") -> PreTrainedModel:
+    model = llama(seed)
+    apply_softplus(model, SoftplusConfig(power=power, mode=mode))
+    return model
+
+
 VARIANTS: dict[str, Callable[[int], PreTrainedModel]] = {
     "softmax": llama,
+    "softmax_logn": partial(softplus, mode="softmax_logn"),
+    "lssa": softplus,
+    "lssar_3": partial(softplus, power=3.0),
+    "lssar_15": partial(softplus, power=15.0),
 }
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "softmax": ("softmax",),
+    "softplus": ("softmax", "softmax_logn", "lssa", "lssar_3", "lssar_15"),
 }
 """Figure -> the variants it compares, the baseline first."""
 
@@ -146,7 +163,19 @@ def llama_attention(
     return seen
 
 
-ATTENTION: dict[str, Callable[[PreTrainedModel, Tensor], list[tuple[Tensor, Tensor]]]] = {}
+def cosine_attention(layer: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the softplus variants: scores are cosines on their scale."""
+    config = layer_config(layer, "softplus", None)
+    seen = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scores = log_scale(seen.sum(-1, keepdim=True), query.shape[-1]).float() * cosines(query, key)
+    if config.mode == "softmax_logn":
+        return scores, scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return scores, softplus_weights(query, key, seen, power=config.power)
+
+
+ATTENTION: dict[str, Callable[[PreTrainedModel, Tensor], list[tuple[Tensor, Tensor]]]] = {
+    name: partial(llama_attention, of=cosine_attention) for name in ("softmax_logn", "lssa", "lssar_3", "lssar_15")
+}
 """Variant -> function of model and tokens to (scores, weights) of each layer, where it is not `softmax_attention`."""
 
 
@@ -178,6 +207,14 @@ def token_losses(model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> tup
     return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
 
+def learning_rate(step: int, *, recipe: Recipe) -> float:
+    """Relative to the highest."""
+    if step < recipe.warm_up:
+        return (step + 1) / recipe.warm_up
+    done = (step - recipe.warm_up) / (recipe.steps - recipe.warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
 def train(variant: str, task: str, seed: int, recipe: Recipe, on_step: Callable[[], None]) -> dict[str, Any]:
     """One run: curves while training, figures at every length afterwards."""
     begin = time.perf_counter()
@@ -185,6 +222,7 @@ def train(variant: str, task: str, seed: int, recipe: Recipe, on_step: Callable[
     draw, generator = TASKS[task], torch.Generator().manual_seed(seed)
     fixed, _ = draw(recipe.looked_at, recipe.train_length, torch.Generator().manual_seed(999))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, recipe=recipe))
     curves: dict[str, list[float]] = {"step": [], "loss": [], "max_logit": [], "entropy": []}
     losses, norms = [], []
     for step in range(recipe.steps):
@@ -195,6 +233,7 @@ def train(variant: str, task: str, seed: int, recipe: Recipe, on_step: Callable[
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)))
         losses.append(float(loss.detach()))
         optimizer.step()
+        schedule.step()
         if (step + 1) % recipe.look_every == 0:
             seen = look_at(variant, model.eval(), fixed) | {"step": step + 1}
             seen["loss"] = statistics.fmean(losses[-recipe.look_every :])
@@ -287,9 +326,9 @@ def markdown(runs: Sequence[dict[str, Any]], variants: Sequence[str], recipe: Re
     lines = []
     for task in TASKS:
         accuracy = " | ".join(f"accuracy at {n}" for n in recipe.lengths)
-        lines += [f"**{task}**, {len(recipe.seeds)} seeds, trained at {recipe.train_length}", ""]
-        lines += [f"| attention | parameters | {accuracy} | largest score | entropy | entropy at {recipe.lengths[-1]} |"]
-        lines[-1] += " gradient norm, median | largest |"
+        lines += [f"**{task}**, trained at {recipe.train_length}, seeds {', '.join(map(str, recipe.seeds))}", ""]
+        longest = f"entropy at {recipe.lengths[-1]}"
+        lines += [f"| attention | parameters | {accuracy} | largest score | entropy | {longest} | gradient | largest |"]
         lines += ["|---" * (len(recipe.lengths) + 7) + "|"]
         for variant in variants:
             mine = chosen(runs, variant, task)
@@ -316,12 +355,12 @@ def draw(runs: Sequence[dict[str, Any]], variants: Sequence[str], recipe: Recipe
     for row, task in zip(panels, TASKS, strict=True):
         for variant, colour in zip(variants, colours, strict=False):
             mine = chosen(runs, variant, task)
-            by_length = [[[r["lengths"][str(n)][name] for n in recipe.lengths] for r in mine] for name in ("accuracy", "entropy")]
+            for panel, figure_of in zip(row, ("accuracy", "entropy"), strict=False):
+                by_length = [[run["lengths"][str(n)][figure_of] for n in recipe.lengths] for run in mine]
+                band(panel, recipe.lengths, by_length, colour, variant)
             steps = mine[0]["curves"]["step"]
             every = max(1, recipe.look_every // 10)
             norm_steps = [1 + every * i for i in range(len(mine[0]["gradient_norm"]))]
-            band(row[0], recipe.lengths, by_length[0], colour, variant)
-            band(row[1], recipe.lengths, by_length[1], colour, variant)
             band(row[2], steps, [r["curves"]["loss"] for r in mine], colour, variant)
             band(row[3], steps, [r["curves"]["max_logit"] for r in mine], colour, variant)
             band(row[4], norm_steps, [r["gradient_norm"] for r in mine], colour, variant)
@@ -358,7 +397,7 @@ def dress(row: Sequence[Any], task: str, recipe: Recipe) -> None:
 
 def main(
     method: Annotated[str, typer.Argument(help=f"Whose variants to train: {', '.join(METHODS)}.")],
-    out: Annotated[Path, typer.Option(help="Gets the runs, the figure and the table.")] = Path(__file__).parent / "results",
+    out: Annotated[Path, typer.Option(help="Gets the runs, the figure and the table.")] = RESULTS,
     seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps, to see that everything runs.")] = False,
 ) -> None:
@@ -376,7 +415,7 @@ def main(
         raise typer.Exit(code=2) from None
     table = markdown(runs, METHODS[method], recipe)
     write(out / f"toy_{method}.md", table)
-    title = f"Trained from scratch at length {recipe.train_length}, {len(recipe.seeds)} seeds: {', '.join(METHODS[method])}"
+    title = f"Trained from scratch at length {recipe.train_length}, seeds {', '.join(map(str, recipe.seeds))}"
     draw(runs, METHODS[method], recipe, title, out / f"toy_{method}.png")
     typer.echo(table)
 
