@@ -219,21 +219,33 @@ class TransNormerModel(TransNormerPreTrainedModel):
             packed = _boundaries(position_ids, x.shape[0]) if cu_seq_lens_q is None else cu_seq_lens_q
         if memory is None and packed is None and self._remembers(use_cache):
             memory = StateCache(self.config)
-        states = memory.layers if memory is not None else [None] * len(self.layers)
-        hidden = [x]
-        for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, padding, state, packed)
-            hidden.append(x)
-        hidden[-1] = x = self.final_norm(x)
+        if memory is not None and self._recomputes():
+            raise ValueError("gradient checkpointing computes each layer twice, which a cache cannot stand: give none")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        x, hidden = self._layers(x, padding, memory, packed, wanted)
         named: dict[str, Any] = {CACHE_NAME: memory}
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=tuple(hidden) if wanted else None, **named)
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **named)
+
+    def _layers(
+        self, x: Tensor, padding: Tensor | None, memory: StateCache | None, packed: Tensor | None, wanted: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The last hidden states, and if wanted the embeddings and what each layer makes of them."""
+        states = memory.layers if memory is not None else [None] * len(self.layers)
+        hidden: tuple[Tensor, ...] = ()
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden = (*hidden, x) if wanted else ()
+            x = layer(x, padding, state, packed)
+        x = self.final_norm(x)
+        return x, (*hidden, x) if wanted else None
+
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _remembers(self, use_cache: bool | None) -> bool:
         """Whether to begin a cache. Training begins none by itself."""
         if use_cache is None:
             return self.config.use_cache and not self.training
-        if use_cache and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if use_cache and self._recomputes():
             logger.warning_once("use_cache=True is ignored: gradient checkpointing computes each layer twice")
             return False
         return use_cache
