@@ -21,16 +21,23 @@ Left open there, decided here:
 
 from llm_attn.attention_residuals.blocks import BlockDelta, BlockState
 from llm_attn.attention_residuals.config import AttentionResidualsConfig
+from llm_attn.attention_residuals.depth_weights import depth_weights, plot_depth_weights
 from llm_attn.attention_residuals.door import apply_attention_residuals
 from llm_attn.attention_residuals.module import AttentionResiduals, attention_residuals
+from llm_attn.attention_residuals.pipeline import BlockCache, blocks_sent, known_blocks
 from llm_attn.attention_residuals.stream import ResidualStream
 
 __all__ = [
     "AttentionResiduals",
     "AttentionResidualsConfig",
+    "BlockCache",
     "BlockDelta",
     "BlockState",
     "ResidualStream",
     "apply_attention_residuals",
     "attention_residuals",
+    "blocks_sent",
+    "depth_weights",
+    "known_blocks",
+    "plot_depth_weights",
 ]

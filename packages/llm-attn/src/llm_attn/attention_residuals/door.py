@@ -85,8 +85,9 @@ def _pre_norms(host: PreTrainedModel, layer: nn.Module) -> list[nn.Module]:
     return [getattr(layer, name) for name in _PRE_NORMS[names]]
 
 
-def _decoder_and_final_norm(host: PreTrainedModel, layers: nn.ModuleList) -> tuple[nn.Module, nn.Module]:
-    decoder = next(module for module in host.modules() if getattr(module, "layers", None) is layers)
+def _decoder_and_final_norm(host: PreTrainedModel, layers: nn.ModuleList) -> tuple[PreTrainedModel, nn.Module]:
+    models = (module for module in host.modules() if isinstance(module, PreTrainedModel))
+    decoder = next(module for module in models if getattr(module, "layers", None) is layers)
     for name in ("norm", "final_layernorm"):
         if isinstance(norm := getattr(decoder, name, None), nn.Module):
             return decoder, norm

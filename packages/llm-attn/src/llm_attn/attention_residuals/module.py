@@ -69,8 +69,9 @@ class AttentionResiduals(nn.Module):
         # Full Attention Residuals has no blocks to look at together: there it is a matter of schedule alone
         self.run_length = block_size * math.ceil(math.sqrt(num_layers) / block_size)
         self.queries = nn.Parameter(torch.zeros(num_layers + 1, hidden_size))
-        weights = None if variant == "inkling2" else nn.Parameter(torch.ones(num_layers + 1, hidden_size))
-        self.register_parameter("key_weights", weights)
+        self.key_weights: nn.Parameter | None = None
+        if variant == "report":
+            self.key_weights = nn.Parameter(torch.ones(num_layers + 1, hidden_size))
         self.on_weights: OnWeights | None = None
 
     def start(self, embedding: Float[Tensor, "*tokens D"]) -> ResidualStream:
