@@ -170,6 +170,7 @@ def _capped_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = visible.dense(query.shape[2], key.shape[2], query.device)
-    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
-    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0).to(query.dtype)
-    return torch.nn.functional.dropout(weights, dropout) @ value
+    scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
+    return torch.nn.functional.dropout(weights.to(value.dtype), dropout) @ value
