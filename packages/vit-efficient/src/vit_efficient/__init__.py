@@ -1,0 +1,1 @@
+"""Vision transformers that spend less, as ordinary timm models; see README.md."""
