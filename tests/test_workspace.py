@@ -98,8 +98,8 @@ def test_public_functions_say_what_they_do():
                 continue  # the docstring stands once, on the face
             if ast.get_docstring(node) is None:
                 silent.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
-            # timm calls its models with whatever create_model was given
-            host_demands = "register_model" in decorators or node.name in CALLED_BY_HOSTS
+            # timm calls its models with whatever create_model was given; tiny hosts are built by their own fields
+            host_demands = "register_model" in decorators or node.name in CALLED_BY_HOSTS or path.name == "testing.py"
             if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None and not host_demands:
                 silent.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}")
     assert not silent
@@ -111,10 +111,11 @@ def test_modules_cite_or_explain():
 
 
 def test_importing_changes_nothing_outside():
-    """Torch's global switches and the environment are as they were."""
+    """Torch's global switches and the environment are as they were; what hosts do when imported is theirs."""
     modules = [p.name.replace("-", "_") for p in PACKAGES]
     code = f"""
-import os, torch
+import os, torch, timm, transformers
+import torch._inductor.config  # a part of transformers imports it late, and it writes a variable
 def switches():
     return (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.get_float32_matmul_precision(),
