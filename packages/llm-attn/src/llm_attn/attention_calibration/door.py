@@ -237,10 +237,15 @@ def _put(out: Tensor, changed: Tensor, heads: tuple[int, ...]) -> Tensor:
     return out.index_copy(1, _index(heads, out), changed)
 
 
-@torch.compiler.disable
 def _keep(call: _Call, state: SinkState) -> None:
     """Leaves the state with the cache, and tells who wants to know."""
     slot = call.slot
+    if slot is not None or getattr(call.layer, _WATCHER, None) is not None:
+        _leave(call, slot, state)
+
+
+@torch.compiler.disable
+def _leave(call: _Call, slot: CacheLayerMixin | None, state: SinkState) -> None:
     if slot is not None and call.config.decode != "off":
         if not isinstance(slot, _Follows):
             slot.__class__ = _following(type(slot))
