@@ -8,6 +8,7 @@ before each pre-norm, and before the final norm, gives the norm the mix. No forw
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -108,8 +109,7 @@ class _Begin:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and getattr(layer, "gradient_checkpointing", False):
+        if _checkpoints_reentrantly(layer):
             raise ValueError(
                 "attention residuals need gradient checkpointing that is not reentrant: enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -117,6 +117,13 @@ class _Begin:
         if args:
             return (self.residuals.start(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.residuals.start(kwargs["hidden_states"])}
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    # that kind detaches tensors among its arguments, and finds none in a stream: gradients would be lost
+    if not (layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
 
 
 class _Mix:
