@@ -94,11 +94,10 @@ class StateLayer(CacheLayerMixin):
 class StateCache(Cache):
     """One `StateLayer` for each layer of the model. Pass it back to go on where the last call ended."""
 
-    layers: list[StateLayer]  # type: ignore[assignment]
-
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(layers=[StateLayer() for _ in range(config.num_hidden_layers)])
 
     def nbytes(self) -> int:
         """Memory that the states take; it does not grow with the tokens seen."""
-        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
+        states = [layer.state for layer in self.layers if isinstance(layer, StateLayer)]
+        return sum(state.nbytes for state in states if state is not None)

@@ -221,7 +221,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             memory = StateCache(self.config)
         if memory is not None and self._recomputes():
             raise ValueError("gradient checkpointing computes each layer twice, which a cache cannot stand: give none")
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         x, hidden = self._layers(x, padding, memory, packed, wanted)
         named: dict[str, Any] = {CACHE_NAME: memory}
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **named)
@@ -343,4 +343,5 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = StateCache(self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        host = cast(Any, super())
+        return host._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
