@@ -1,5 +1,6 @@
 """Softplus attention: its formulas, its fast path against them, and the door into transformers."""
 
+import importlib
 import math
 import warnings
 
@@ -21,6 +22,7 @@ from llm_attn.softplus_attention import (
 from llm_attn.testing import DoorTests, tiny_model, tokens
 from llm_attn.transformers.visibility import Visibility
 
+MODULE = importlib.import_module("llm_attn.softplus_attention")  # the package's face has the function by this name
 B, H, HKV, NQ, NK, D, E = 2, 4, 2, 19, 23, 12, 10
 POWERS = (None, 3.0, 15.0, 2.5)
 
@@ -235,7 +237,7 @@ def test_half_precision_is_as_good_as_its_inputs():
 def test_chunks_of_rows_are_the_whole(monkeypatch):
     q, k, v = random_qkv()
     wanted = softplus_attention(q, k, v, mask=seen_mask())
-    monkeypatch.setattr("llm_attn.softplus_attention.CHUNK", 5 * B * H * NK)
+    monkeypatch.setattr(MODULE, "CHUNK", 5 * B * H * NK)
     assert (softplus_attention(q, k, v, mask=seen_mask()) - wanted).abs().max() < 1e-14
 
 
@@ -243,8 +245,8 @@ def test_dropout_is_unbiased_and_follows_the_seed():
     q, k, v = random_qkv()
     wanted = softplus_attention(q, k, v, power=None)
     torch.manual_seed(0)
-    draws = torch.stack([softplus_attention(q, k, v, power=None, dropout=0.3) for _ in range(300)])
-    assert (draws.mean(0) - wanted).abs().max() < 6 * (draws.std(0) / 300**0.5).max()
+    draws = torch.stack([softplus_attention(q, k, v, power=None, dropout=0.3) for _ in range(100)])
+    assert (draws.mean(0) - wanted).abs().max() < 6 * (draws.std(0) / 100**0.5).max()
     torch.manual_seed(0)
     assert torch.equal(softplus_attention(q, k, v, power=None, dropout=0.3), draws[0])
     assert not torch.equal(draws[0], draws[1])
@@ -334,6 +336,7 @@ class TestSoftplusDoor(DoorTests):
 
 class TestSoftmaxLognDoor(DoorTests):
     families = ("llama", "mistral")
+    compiled = False  # the same door
 
     def apply(self, model):
         return apply_softplus(model, SoftplusConfig(mode="softmax_logn"))
@@ -358,7 +361,7 @@ def test_the_door_runs_the_definition(monkeypatch):
         allowed = Visibility(window=window, key_mask=key_mask, mask=mask).dense(17, 17, query.device)
         return softplus_weights(query, key, allowed, power=power) @ value.repeat_interleave(2, 1)
 
-    monkeypatch.setattr("llm_attn.softplus_attention.softplus_attention", dense)
+    monkeypatch.setattr(MODULE, "softplus_attention", dense)
     assert (logits(model, ids, attention_mask=padded) - fast)[padded.bool()].abs().max() < 2e-5 * fast.abs().max()
     assert seen == [(3.0, 9)] * 2
 

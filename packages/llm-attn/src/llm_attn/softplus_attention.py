@@ -21,7 +21,7 @@ Shapes: B batch, H query heads, Hkv key heads, Nq queries, Nk keys, D head width
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -260,13 +260,14 @@ def set_softplus_power(model: nn.Module, power: float | None) -> None:
 
     It acts from the next forward pass on and is what `save_pretrained` writes. ValueError if the door is not open.
     """
-    host = base_model(model)
+    host: Any = base_model(model)
     if NAME not in saving.open_doors(host):
         raise ValueError("the model has no softplus attention whose power could be set; call apply_softplus first")
     doors = host.llm_attn_doors
     config = replace(doors[NAME].config, power=power)
     host.llm_attn_doors = {**doors, NAME: replace(doors[NAME], config=config)}
-    for layer in attention_layers(host).values():
+    layers: dict[int, Any] = attention_layers(host)
+    for layer in layers.values():
         if not left_out(layer, NAME):
             layer.llm_attn = {**layer.llm_attn, NAME: config}
 
