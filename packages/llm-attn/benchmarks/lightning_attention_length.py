@@ -2,7 +2,7 @@
 
 import torch
 
-from llm_attn.lightning_attention import continue_attention, decay_slopes, lightning_attention
+from llm_attn.lightning_attention import continue_lightning_attention, decay_slopes, lightning_attention
 
 CLAIM = "A token of Lightning Attention costs the same, within 15 %, in sequences of 1,024 and of 65,536."
 SWEEP = {"tokens": (1_024, 4_096, 16_384, 65_536)}
@@ -36,7 +36,7 @@ def check(out):
     whole, (*tensors, slopes) = out["ours"]
     state, parts = None, []
     for part in zip(*(t.split(SHORT, dim=2) for t in tensors), strict=True):
-        one, state = continue_attention(*part, slopes, state)
+        one, state = continue_lightning_attention(*part, slopes, state)
         parts.append(one)
     assert (torch.cat(parts, 2) - whole).norm() <= 1e-5 * whole.norm()
     assert torch.equal(out["sequences of 1,024"][0], whole[:, :, :SHORT])

@@ -15,7 +15,7 @@ from llm_attn.lightning_attention import (
     LightningAttention,
     LightningConfig,
     apply_lightning,
-    continue_attention,
+    continue_lightning_attention,
     decay_slopes,
     lightning_attention,
     lightning_attention_quadratic,
@@ -78,7 +78,7 @@ def test_any_cut_gives_the_same(cut):
     q, k, v = random_qkv(150)
     whole, last = lightning_attention(q, k, v, SLOPES, return_state=True)
     first, state = lightning_attention(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], SLOPES, return_state=True)
-    then, state = continue_attention(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], SLOPES, state)
+    then, state = continue_lightning_attention(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], SLOPES, state)
     torch.testing.assert_close(torch.cat([first, then], 2), whole, atol=1e-11, rtol=0)
     torch.testing.assert_close(state, last, atol=1e-11, rtol=0)
 
@@ -89,7 +89,9 @@ def test_steps_are_the_chunks():
     state, out = None, []
     with torch.no_grad():
         for t in range(37):
-            one, state = continue_attention(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], SLOPES, state)
+            one, state = continue_lightning_attention(
+                q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], SLOPES, state
+            )
             out.append(one)
     torch.testing.assert_close(torch.cat(out, 2), whole, atol=1e-11, rtol=0)
 
@@ -98,10 +100,10 @@ def test_a_step_overwrites_the_state_only_without_gradients():
     q, k, v = random_qkv(1)
     state = torch.randn(B, H, D, E, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     kept = state.clone()
-    out, after = continue_attention(q, k, v, SLOPES, state)
+    out, after = continue_lightning_attention(q, k, v, SLOPES, state)
     assert torch.equal(state, kept)
     with torch.no_grad():
-        again, overwritten = continue_attention(q, k, v, SLOPES, state)
+        again, overwritten = continue_lightning_attention(q, k, v, SLOPES, state)
     assert overwritten is state
     torch.testing.assert_close(state, after, atol=1e-12, rtol=0)
     torch.testing.assert_close(again, out, atol=1e-12, rtol=0)

@@ -46,6 +46,15 @@ from llm_attn.dhsa import (
     train_boundary_predictor,
 )
 from llm_attn.distillation import Distillation, DistillationConfig, distillation_loss
+from llm_attn.lightning_attention import (
+    LightningAttention,
+    LightningConfig,
+    apply_lightning,
+    continue_lightning_attention,
+    decay_slopes,
+    lightning_attention,
+    lightning_attention_quadratic,
+)
 from llm_attn.softplus_attention import (
     SoftplusConfig,
     apply_softplus,
@@ -54,7 +63,9 @@ from llm_attn.softplus_attention import (
     softplus_attention,
     softplus_weights,
 )
+from llm_attn.transformers.minimax import accelerate_minimax
 from llm_attn.transformers.training import param_groups
+from llm_attn.transnormer import StateCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
 
 __all__ = [
     "ACTConfig",
@@ -72,26 +83,38 @@ __all__ = [
     "FixedBlocksConfig",
     "HeadTable",
     "HeadTrial",
+    "LightningAttention",
+    "LightningConfig",
     "PredictorConfig",
     "SinkMap",
     "SinkState",
     "SoftplusConfig",
+    "StateCache",
+    "TransNormerConfig",
+    "TransNormerForCausalLM",
+    "TransNormerModel",
+    "accelerate_minimax",
     "affine_attention",
     "affine_weights",
     "apply_act",
     "apply_affine",
     "apply_dhsa",
     "apply_fixed_blocks",
+    "apply_lightning",
     "apply_softplus",
     "attention_mass",
     "average_affine_means",
     "calibrate_heads",
     "calibrated_attention",
     "choice_scores",
+    "continue_lightning_attention",
+    "decay_slopes",
     "dhsa_attention",
     "distillation_loss",
     "draw_attention_mass",
     "evaluate_boundary_predictor",
+    "lightning_attention",
+    "lightning_attention_quadratic",
     "linear_clip",
     "param_groups",
     "plot_sinks",

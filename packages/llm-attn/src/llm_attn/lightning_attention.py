@@ -158,7 +158,7 @@ def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.get_autocast_dtype(kind)) if narrow else t for t in tensors]
 
 
-def continue_attention(
+def continue_lightning_attention(
     query: Float[Tensor, "B H N D"],
     key: Float[Tensor, "B Hkv N D"],
     value: Float[Tensor, "B Hkv N E"],
@@ -246,7 +246,7 @@ class LightningAttention(nn.Module):
             key, value = _without_padding(key, value, mask)
         slopes = self.decay()
         if cu_seqlens is None:
-            out, state = continue_attention(query, key, value, slopes, state)
+            out, state = continue_lightning_attention(query, key, value, slopes, state)
         else:
             out, state = lightning_attention(query, key, value, slopes, return_state=True, cu_seqlens=cu_seqlens)
         return self.out_proj(torch.sigmoid(self.gate(x)) * self.norm(out.transpose(1, 2).flatten(2))), state

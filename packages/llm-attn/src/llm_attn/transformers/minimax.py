@@ -1,7 +1,7 @@
 """MiniMax-01's lightning layers, computed in chunks and single steps instead of Python loops.
 
 transformers computes them block by block in Python, keeps their state in the model's dtype, and goes token by token as
-soon as there is a cache, also when a prompt is read in parts. `accelerate_minimax` gives them `continue_attention` of
+soon as there is a cache, also when a prompt is read in parts. `accelerate_minimax` gives them `continue_lightning_attention` of
 `llm_attn.lightning_attention`: the same numbers, the state in float32. Weights, checkpoints, cache and all other layers
 stay the host's.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from llm_attn.lightning_attention import continue_attention
+from llm_attn.lightning_attention import continue_lightning_attention
 from llm_attn.transformers.door import Handle
 
 
@@ -43,7 +43,7 @@ class _Chunked(MiniMaxLightningAttention):
         if before is not None:
             before = before.to(torch.promote_types(heads.dtype, torch.float32))
         query, key, value = heads.split(self.head_dim, dim=-1)
-        out, state = continue_attention(query, key, value, self.slope_rate.flatten(), before)
+        out, state = continue_lightning_attention(query, key, value, self.slope_rate.flatten(), before)
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
         out = self.norm(out.transpose(1, 2).flatten(2))

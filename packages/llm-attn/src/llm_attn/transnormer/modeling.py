@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from llm_attn.lightning_attention import DecaySlopes, continue_attention, lightning_attention
+from llm_attn.lightning_attention import DecaySlopes, continue_lightning_attention, lightning_attention
 from llm_attn.transnormer.cache import CACHE_NAME, StateCache, StateLayer
 from llm_attn.transnormer.configuration import TransNormerConfig
 
@@ -116,7 +116,7 @@ class GatedLinearAttention(nn.Module):
     ) -> Float[Tensor, "B H N D"]:
         if memory is not None:
             before = None if memory.state is None else memory.state.to(query.device)
-            out, state = continue_attention(query, key, value, self.decay(), before)
+            out, state = continue_lightning_attention(query, key, value, self.decay(), before)
             memory.advance(state, query.shape[2])
             return out
         if cu_seqlens is None:
