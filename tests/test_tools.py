@@ -85,8 +85,9 @@ def test_claim_at_its_smallest_size(file):
     result = claims.measure(claim, claim.points()[0], device="cpu", rounds=1)
     assert set(result["seconds"]) == set(claim.module.RIVALS)
     assert result["ratio"] == result["seconds"][claim.module.BASELINE] / result["seconds"]["ours"]
-    for name, values in getattr(claim.module, "TARGET_AT", {}).items():
-        assert set(values) <= set(claim.module.SWEEP[name])
+    for _, where in claims.target_ratios(claim):
+        for name, values in where.items():
+            assert set(values) <= set(claim.module.SWEEP[name])
 
 
 def test_names_of_tables_are_names_of_claims():
@@ -137,6 +138,15 @@ def test_rivals_take_turns_and_the_median_counts(claim_file, clocks):
     assert turns == [list(claim.module.RIVALS.values())] * (2 * (claims.ROUNDS + 1))
 
 
+def test_a_target_for_each_point(claim_file, clocks):
+    claim = claims.load(claim_file)
+    claim.module.TARGETS = ((1.2, {"rows": (2_000,)}), (3, {"rows": (3, 2_000)}))
+    del claim.module.TARGET_RATE
+    small, large = claims.run(claim, device="cpu")
+    assert (small["target"], large["target"]) == (3, 1.2)
+    assert small["targets"] == [(f"{small['ratio']:.1f}x, at least 3x wanted", False)]
+
+
 def test_results_are_whole_after_every_point_and_name_no_machine(claim_file, monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(claims, "SECONDS_PER_TURN", 1e-4)
@@ -155,8 +165,9 @@ def test_results_are_whole_after_every_point_and_name_no_machine(claim_file, mon
         assert 0 < low <= point["seconds"]["ours"] <= high
     assert content["tests"] == {"a-package": {"failures": 0}}
     table = bench.markdown("a-package/adding", content["device"], content["claims"]["a-package/adding"]).splitlines()
-    assert table[0] == "| rows | kind | product | ours | ratio | numbers/s | largest |"
-    assert table[3].startswith("| 2,000 | plain | ")
+    assert table[0] == "| rows | kind | product | ours | ratio | wanted | numbers/s | largest |"
+    assert table[2].startswith("| 3 | plain | ")
+    assert [line.split(" | ")[5] for line in table[2:4]] == ["", "1.5x"]
     assert content["device"].endswith("cores")
     assert platform.node() not in file.read_text() + file.name
 

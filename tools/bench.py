@@ -101,6 +101,9 @@ def markdown(name: str, device: str, entry: Mapping[str, Any]) -> str:
     points, baseline = entry["points"], entry["baseline"]
     rivals = [*(name for name in entry["rivals"] if name != "ours"), "ours"]
     head = [*points[0]["point"], *rivals, f"ours against {baseline}" if len(rivals) > 2 else "ratio"]
+    aimed = any("target" in point for point in points)
+    if aimed:
+        head.append("wanted")
     if "rate" in points[0]:
         head.append(f"{points[0]['rate']['unit']}/s")
     head += list(points[0].get("price", {}))
@@ -108,6 +111,8 @@ def markdown(name: str, device: str, entry: Mapping[str, Any]) -> str:
     for point in points:
         row = [claims.shown(value) for value in point["point"].values()]
         row += [claims.duration(point["seconds"][rival]) for rival in rivals] + [f"{point['ratio']:.1f}x"]
+        if aimed:
+            row.append(f"{point['target']:.3g}x" if "target" in point else "")
         if "rate" in point:
             row.append(claims.rate_shown(point["rate"]["per second"]))
         rows.append(row + [f"{value:.3g}" for value in point.get("price", {}).values()])

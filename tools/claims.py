@@ -12,6 +12,7 @@ and, where it has something to say,
   work      (inputs) -> (amount, unit): gives amount per second of ours
   TARGET, TARGET_RATE   the ratio, and the amount per second, that must be reached
   TARGET_AT             argument -> values at which the targets hold; everywhere if absent
+  TARGETS               in place of TARGET, if it is not the same everywhere: pairs of a ratio and where it holds
   THREADS               1 if absent
   ROUNDS                turns of each rival, 7 if absent
   DEVICES               ("cpu", "cuda") if absent
@@ -123,8 +124,8 @@ def _package(file: Path) -> str:
 def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int | None = None) -> dict[str, Any]:
     """Check the rivals against each other at one point of the sweep, then time them; `rounds=1` runs each once.
 
-    Returns point, seconds (median per rival), spread (20 and 80 % quantiles), ratio, and rate and price if the claim
-    has them. AssertionError of the claim's check passes through: no figure comes from a wrong result.
+    Returns point, seconds (median per rival), spread (20 and 80 % quantiles), ratio, and target, rate and price if the
+    claim has them. AssertionError of the claim's check passes through: no figure comes from a wrong result.
     """
     module = claim.module
     turns_each = getattr(module, "ROUNDS", ROUNDS) if rounds is None else rounds
@@ -153,21 +154,36 @@ def measure(claim: Claim, point: Mapping[str, Any], *, device: str, rounds: int 
         result["rate"] = {"per second": amount / seconds["ours"], "unit": unit}
     if price:
         result["price"] = price
-    if _held(module, point):
-        result["targets"] = _targets(module, result)
+    if (target := wanted_ratio(claim, point)) is not None:
+        result["target"] = target
+    if found := _targets(module, point, result):
+        result["targets"] = found
     return result
 
 
-def _held(module: ModuleType, point: Mapping[str, Any]) -> bool:
-    return all(point[name] in values for name, values in getattr(module, "TARGET_AT", {}).items())
+def target_ratios(claim: Claim) -> list[tuple[float, Mapping[str, Sequence[Any]]]]:
+    """The ratios that must be reached, each with the values of the sweep at which it holds."""
+    module = claim.module
+    one = [(module.TARGET, getattr(module, "TARGET_AT", {}))] if hasattr(module, "TARGET") else []
+    return list(getattr(module, "TARGETS", one))
 
 
-def _targets(module: ModuleType, result: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def wanted_ratio(claim: Claim, point: Mapping[str, Any]) -> float | None:
+    """The ratio that must be reached at this point of the sweep, if there is one."""
+    return next((ratio for ratio, where in target_ratios(claim) if _holds(where, point)), None)
+
+
+def _holds(where: Mapping[str, Sequence[Any]], point: Mapping[str, Any]) -> bool:
+    return all(point[name] in values for name, values in where.items())
+
+
+def _targets(module: ModuleType, point: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """What the claim promises, with what was found, and whether that reaches it."""
     found = []
-    if hasattr(module, "TARGET"):
-        found.append((f"{result['ratio']:.1f}x, at least {module.TARGET:g}x wanted", result["ratio"] >= module.TARGET))
-    if hasattr(module, "TARGET_RATE"):
+    if "target" in result:
+        text = f"{result['ratio']:.1f}x, at least {result['target']:.3g}x wanted"
+        found.append((text, result["ratio"] >= result["target"]))
+    if hasattr(module, "TARGET_RATE") and _holds(getattr(module, "TARGET_AT", {}), point):
         rate, wanted = result["rate"]["per second"], module.TARGET_RATE
         amount = f"{rate_shown(rate)} {result['rate']['unit']} per second, at least {rate_shown(wanted)} wanted"
         found.append((amount, rate >= wanted))

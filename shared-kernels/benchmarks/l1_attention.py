@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from shared_kernels import l1_attention
 
-CLAIM = "Over 4,096 causal tokens, both stages of softplus attention are at least 8.5 times faster than their formulas."
+CLAIM = "Over 4,096 tokens, both stages of softplus attention are at least 8.5 times faster than their formulas."
 SWEEP = {"tokens": (1_024, 4_096), "causal": (True, False)}
 BASELINE = "formulas"
 TARGET = 8.5
-TARGET_AT = {"tokens": (4_096,), "causal": (True,)}
+TARGET_AT = {"tokens": (4_096,)}
 THREADS = 2
 ROUNDS = 3  # the formulas take seconds
 HEADS, HEAD_DIM, POWER = 4, 64, 15

@@ -13,8 +13,7 @@ CLAIM = (
 )
 SWEEP = {"tokens": (512, 2_048, 8_192), "pass": ("forward", "forward + backward")}
 BASELINE = "sdpa, causal"
-TARGET = 16
-TARGET_AT = {"tokens": (8_192,)}
+TARGETS = ((4.8, {"tokens": (2_048,)}), (16, {"tokens": (8_192,)}))
 THREADS = 2
 ROUNDS = 5
 HEADS, WIDTH = 4, 64

@@ -12,8 +12,7 @@ from shared_kernels import local_attention
 CLAIM = "HaloNet's attention is 2.4 times faster than unfolding windows at 64 px, 3.4 times at 128 px."
 SWEEP = {"pixels": (32, 64, 128), "width": (64,)}
 BASELINE = "unfold"
-TARGET = 2.4
-TARGET_AT = {"pixels": (64, 128)}
+TARGETS = ((2.4, {"pixels": (64,)}), (3.4, {"pixels": (128,)}))
 THREADS = 2
 BLOCK, HALO, HEADS = 8, 3, 4
 WINDOW = BLOCK + 2 * HALO

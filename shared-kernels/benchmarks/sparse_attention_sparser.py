@@ -11,8 +11,7 @@ CLAIM = (
 )
 SWEEP = {"tokens": (2_048, 8_192), "dtype": ("float32", "bfloat16")}
 BASELINE = "sdpa, all keys"
-TARGET = 13
-TARGET_AT = {"tokens": (8_192,)}
+TARGETS = ((13, {"tokens": (8_192,), "dtype": ("float32",)}), (16, {"tokens": (8_192,), "dtype": ("bfloat16",)}))
 THREADS = 2
 BLOCK, HEADS, WIDTH = 64, 4, 64
 CHECKED = 256  # queries that are compared with the definition
