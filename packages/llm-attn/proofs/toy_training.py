@@ -35,6 +35,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llm_attn.affine_attention import AffineConfig, apply_affine
+from llm_attn.affine_attention.mass import attention_maps
 from llm_attn.softplus_attention import Mode, SoftplusConfig, apply_softplus, cosines, log_scale, softplus_weights
 from llm_attn.transformers.door import layer_config
 
@@ -117,16 +119,29 @@ def softplus(seed: int, *, power: float | None = None, mode: Mode = "softplus") 
     return model
 
 
+def affine(seed: int, **settings: Any) -> PreTrainedModel:
+    """With the training's own length as N, as in the paper."""
+    model = llama(seed)
+    apply_affine(model, AffineConfig(bias_length=Recipe.train_length, **settings))
+    return model
+
+
 VARIANTS: dict[str, Callable[[int], PreTrainedModel]] = {
     "softmax": llama,
     "softmax_logn": partial(softplus, mode="softmax_logn"),
     "lssa": softplus,
     "lssar_3": partial(softplus, power=3.0),
     "lssar_15": partial(softplus, power=15.0),
+    "sink": partial(affine, scaling="sink"),
+    "affine": affine,
+    "affine_row": partial(affine, n_mode="row"),
+    "gated": partial(affine, scaling="softmax", gate=True),
+    "affine_gated": partial(affine, gate=True),
 }
 
 METHODS: dict[str, tuple[str, ...]] = {
     "softplus": ("softmax", "softmax_logn", "lssa", "lssar_3", "lssar_15"),
+    "affine": ("softmax", "sink", "affine", "affine_row", "gated", "affine_gated"),
 }
 """Figure -> the variants it compares, the baseline first."""
 
@@ -175,7 +190,7 @@ def cosine_attention(layer: nn.Module, query: Tensor, key: Tensor) -> tuple[Tens
 
 ATTENTION: dict[str, Callable[[PreTrainedModel, Tensor], list[tuple[Tensor, Tensor]]]] = {
     name: partial(llama_attention, of=cosine_attention) for name in ("softmax_logn", "lssa", "lssar_3", "lssar_15")
-}
+} | dict.fromkeys(("sink", "affine", "affine_row", "gated", "affine_gated"), attention_maps)
 """Variant -> function of model and tokens to (scores, weights) of each layer, where it is not `softmax_attention`."""
 
 
