@@ -255,17 +255,17 @@ def test_a_model_from_scratch_learns_to_copy(size):
     )
     model = AutoModelForCausalLM.from_config(config)
     apply_attention_residuals(model, AttentionResidualsConfig(sublayers_per_block=size))
-    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.01), lr=3e-3)
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.01), lr=6e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(150):
-        half = torch.randint(2, 34, (64, 16), generator=generator)
-        ids = torch.cat([half, torch.ones(64, 1, dtype=torch.long), half], 1)
+        half = torch.randint(2, 34, (32, 16), generator=generator)
+        ids = torch.cat([half, torch.ones(32, 1, dtype=torch.long), half], 1)
         logits = model(ids[:, :-1]).logits[:, 16:]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), half.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss < 0.01:
+        if loss < 0.02:
             break
     assert (logits.argmax(-1) == half).float().mean() >= 0.99
     queries = model.llm_attn_attention_residuals.queries

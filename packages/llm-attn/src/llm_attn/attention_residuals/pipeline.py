@@ -25,7 +25,7 @@ def known_blocks(chunk: int, *, num_ranks: int, layers_per_chunk: int, block_siz
     Chunk c runs on rank c % num_ranks. keep: "none" nothing, "received" what was sent to the rank (the report's
     count), "all" also what it made.
     """
-    _check(num_ranks=num_ranks, layers_per_chunk=layers_per_chunk, block_size=block_size)
+    _check_sizes(num_ranks=num_ranks, layers_per_chunk=layers_per_chunk, block_size=block_size)
     if keep not in get_args(Keep):
         raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}, got {keep!r}")
     last = chunk - num_ranks
@@ -41,7 +41,7 @@ def blocks_sent(*, num_ranks: int, virtual_stages: int, blocks_per_chunk: int, k
     With P ranks, V stages, C = P V chunks of N blocks: N C (C - 1) / 2 for keep="none", N (P (P - 1) / 2 + (V - 1) P^2)
     for "received".
     """
-    _check(virtual_stages=virtual_stages, blocks_per_chunk=blocks_per_chunk)
+    _check_sizes(num_ranks=num_ranks, virtual_stages=virtual_stages, blocks_per_chunk=blocks_per_chunk)
     sent = 0
     for chunk in range(1, num_ranks * virtual_stages):
         known = known_blocks(chunk, num_ranks=num_ranks, layers_per_chunk=blocks_per_chunk, block_size=1, keep=keep)
@@ -49,7 +49,7 @@ def blocks_sent(*, num_ranks: int, virtual_stages: int, blocks_per_chunk: int, k
     return sent
 
 
-def _check(**sizes: int) -> None:
+def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
