@@ -88,6 +88,7 @@ from llm_attn.softplus_attention import (
     softplus_weights,
 )
 from llm_attn.transformers.minimax import accelerate_minimax
+from llm_attn.transformers.power_warm_up import PowerWarmUp
 from llm_attn.transformers.training import param_groups
 from llm_attn.transnormer import StateCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
 
@@ -117,6 +118,7 @@ __all__ = [
     "InfluenceScorer",
     "LightningAttention",
     "LightningConfig",
+    "PowerWarmUp",
     "PredictorConfig",
     "RetrievalConfig",
     "ScoringConfig",
