@@ -535,7 +535,7 @@ def test_identity_is_the_host_bit_for_bit(config):
         with apply_affine(model, config) as handle:
             assert torch.equal(model(ids).logits, host)
             assert model(ids, labels=ids).loss.backward() is None
-            scale = model.model.layers[0].self_attn.affine
+            scale = model.model.layers[0].self_attn.llm_attn_affine
             assert all(p.grad.abs().max() > 0 for p in scale.parameters())  # and it learns from there
         assert handle.layers_changed == (0, 1)
         assert torch.equal(model(ids).logits, host)
@@ -600,7 +600,7 @@ def test_weights_start_like_the_hosts():
     torch.manual_seed(0)
     model = tiny_model("llama", hidden_size=256)
     apply_affine(model)
-    weight = model.model.layers[1].self_attn.affine.alpha_proj.weight
+    weight = model.model.layers[1].self_attn.llm_attn_affine.alpha_proj.weight
     assert weight.shape == (4, 256)
     assert float(weight.std()) == pytest.approx(model.config.initializer_range, rel=0.1)
     assert abs(float(weight.mean())) < 0.03
@@ -608,7 +608,7 @@ def test_weights_start_like_the_hosts():
 
 def test_lora_trains_a_whole_scale_too():
     """`modules_to_save` makes PEFT wrap the scale."""
-    model = get_peft_model(applied(), LoraConfig(target_modules=["q_proj"], modules_to_save=["affine"]))
+    model = get_peft_model(applied(), LoraConfig(target_modules=["q_proj"], modules_to_save=["llm_attn_affine"]))
     model.train()
     ids = tokens(2, 9)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -638,10 +638,10 @@ def test_running_mean_moves_once_for_each_micro_batch(tmp_path):
     for name in ("gradient_checkpointing", None):
         model = applied(config=AffineConfig(init="zeros"))
         for layer in model.model.layers:
-            layer.self_attn.affine.alpha_proj.weight.requires_grad_(False)
+            layer.self_attn.llm_attn_affine.alpha_proj.weight.requires_grad_(False)
         options = {} if name is None else {name: True}
         trained(model, tmp_path, callbacks=[AverageAffineMeans()], gradient_accumulation_steps=2, **options)
-        means.append(model.model.layers[1].self_attn.affine.alpha_ma)
+        means.append(model.model.layers[1].self_attn.llm_attn_affine.alpha_ma)
     for mean in means:
         assert mean.tolist() == pytest.approx([0.5 * (1 - 0.9**4)] * 4, abs=1e-6)  # 2 steps of 2 micro-batches
 
@@ -677,7 +677,7 @@ def test_averaging_needs_something_to_average():
         average_affine_means(model)
     apply_affine(model, AffineConfig(ema_init=0.3))
     assert average_affine_means(model) == 2  # one process: nothing to do
-    assert (model.model.layers[0].self_attn.affine.alpha_ma - 0.3).abs().max() < 1e-7
+    assert (model.model.layers[0].self_attn.llm_attn_affine.alpha_ma - 0.3).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("n_mode", ["row", "kv"])
@@ -714,7 +714,7 @@ def test_mass_of_a_softmax_model_is_one():
     model, ids = tiny_model("llama").train(), tokens(2, 20)
     found = attention_mass(model, ids)
     assert model.training
-    assert not hasattr(model.model.layers[0].self_attn, "affine")
+    assert not hasattr(model.model.layers[0].self_attn, "llm_attn_affine")
     assert found.mass.shape == (2, 4)
     torch.testing.assert_close(found.mass, torch.ones(2, 4))
     assert found.mass_deviation.max() < 1e-3

@@ -148,9 +148,9 @@ def test_what_decays():
     decayed_names = {names[id(p)] for p in decayed["params"]}
     exempt_names = {names[id(p)] for p in exempt["params"]}
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
-    assert "model.layers.0.self_attn.affine.gate_proj.weight" in decayed_names
+    assert "model.layers.0.self_attn.llm_attn_affine.gate_proj.weight" in decayed_names
     assert "model.layers.1.self_attn.q_proj.weight" in decayed_names
-    assert "model.layers.0.self_attn.affine.sink" in exempt_names
+    assert "model.layers.0.self_attn.llm_attn_affine.sink" in exempt_names
     assert {"model.layers.0.self_attn.q_proj.bias", "model.final_layernorm.weight"} <= exempt_names
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert decayed_names | exempt_names == trained

@@ -20,7 +20,7 @@ def apply_affine(
 ) -> Handle:
     """Gives a transformers model Affine-Scaled Attention in the decoder layers `layers` (None: all), to be trained so.
 
-    Each layer gets an `AffineScale` as `self_attn.affine`, drawn from torch's global generator unless
+    Each layer gets an `AffineScale` as `self_attn.llm_attn_affine`, drawn from torch's global generator unless
     `config.init` says otherwise. Works in whatever chooses its attention through transformers' AttentionInterface, with
     caches, padding, packing, sliding windows and capped scores. A model that was trained with softmax attention needs
     `AffineConfig(init="identity")`: with any other its output is damaged until it is trained on.
@@ -59,7 +59,7 @@ def _attention(
     attended = dense_attention(query, key, value, visible, scale=scale, dropout=dropout, softcap=softcap)
     seen = Sight(query.shape[2], key.shape[2], key.device, visible)
     # called as a module: PEFT may have wrapped it
-    return layer.affine(attended, query, key, value, hidden_states, seen, scale=scale, softcap=softcap)  # type: ignore[operator]
+    return layer.llm_attn_affine(attended, query, key, value, hidden_states, seen, scale=scale, softcap=softcap)  # type: ignore[operator]
 
 
 register_attention(NAME, _attention, softcap=True)
