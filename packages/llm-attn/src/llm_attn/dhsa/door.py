@@ -212,6 +212,7 @@ def _memory(layer: nn.Module) -> Memory:
     return memory
 
 
+@torch.compiler.disable  # what is chosen depends on values; the rest of the layer is compiled around it
 def _attention(
     layer: nn.Module,
     query: Tensor,
@@ -231,7 +232,6 @@ def _attention(
     return _sparse(memory, layer, query, key, value, visible, scale, softcap)
 
 
-@torch.compiler.disable  # what is chosen depends on values; the rest of the layer is compiled around it
 def _sparse(
     memory: Memory,
     layer: nn.Module,

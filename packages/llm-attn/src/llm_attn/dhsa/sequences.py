@@ -56,7 +56,8 @@ def by_sequence(
     first_query = key.shape[2] - query.shape[2]
     for row in range(query.shape[0]):
         kept = visible.key_mask[row].nonzero()[:, 0]
-        queries = kept[kept >= first_query] - first_query
+        # the one query of a step stands at the last key there is, behind which a static cache has empty slots
+        queries = kept[-1:] * 0 if query.shape[2] == 1 else kept[kept >= first_query] - first_query
         if not len(queries):
             continue
         q, k, v = (t[row : row + 1] for t in (query, key, value))
