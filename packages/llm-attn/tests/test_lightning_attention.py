@@ -1,6 +1,7 @@
 """Lightning Attention: the operator against its recurrence, what each query may see, the layer, and the door."""
 
 import math
+import sys
 import warnings
 
 import pytest
@@ -213,7 +214,7 @@ SEEN = {
 @pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN.keys())
 def test_every_way_of_seeing(seen, queries, monkeypatch):
     """Against the sum over the keys that are seen, decayed by their distance in tokens."""
-    monkeypatch.setattr("llm_attn.lightning_attention.BLOCK", 11)
+    monkeypatch.setattr(sys.modules[visible_attention.__module__], "BLOCK", 11)
     q, k, v = random_qkv(53, queries=queries)
     mask = seen.dense(queries, 53, torch.device("cpu"))
     place = torch.arange(53)

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import llm_attn
 from llm_attn.transnormer import StateCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
 from llm_attn.transnormer.modeling import LRPE
 
@@ -398,6 +399,13 @@ def test_trainer(tmp_path, flat):
     for name, parameter in model.named_parameters():
         assert (parameter != before[name]).any(), name
         assert parameter.isfinite().all()
+
+
+def test_angles_do_not_decay():
+    model = tiny()
+    decayed, exempt = (group["params"] for group in llm_attn.param_groups(model, weight_decay=0.1))
+    assert [p is model.model.layers[0].token_mixer.lrpe.theta for p in exempt] == [True]
+    assert len(decayed) == len(list(model.parameters())) - 1
 
 
 def test_lora(tmp_path):

@@ -1,8 +1,8 @@
 """MiniMax-01's lightning layers, computed in chunks and single steps instead of Python loops.
 
 transformers computes them block by block in Python, keeps their state in the model's dtype, and goes token by token as
-soon as there is a cache, also when a prompt is read in parts. `accelerate_minimax` gives them `continue_lightning_attention` of
-`llm_attn.lightning_attention`: the same numbers, the state in float32. Weights, checkpoints, cache and all other layers
+soon as there is a cache, also when a prompt is read in parts. `accelerate_minimax` gives them
+`continue_lightning_attention`: the same numbers, the state in float32. Weights, checkpoints, cache and all other layers
 stay the host's.
 
 Li et al., "MiniMax-01: Scaling Foundation Models with Lightning Attention", arXiv:2501.08313.

@@ -58,6 +58,8 @@ class LRPE(nn.Module):
     """Linearised relative positional encoding: [x cos(theta t) | x sin(theta t)], so that the product of a query at s
     and a key at t is sum_j q_j k_j cos(theta_j (s - t)). The angles are learned; arXiv:2307.09270."""
 
+    no_weight_decay = ("theta",)  # an angle of 0 means something else than a weight of 0
+
     def __init__(self, num_heads: int, head_dim: int, base: float) -> None:
         super().__init__()
         self.base = base
