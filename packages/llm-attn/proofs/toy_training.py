@@ -40,8 +40,12 @@ from llm_attn.affine_attention.mass import attention_maps
 from llm_attn.softplus_attention import Mode, SoftplusConfig, apply_softplus, cosines, log_scale, softplus_weights
 from llm_attn.transformers.door import layer_config
 
-SYMBOLS, SEPARATOR, END = 40, 40, 41
-VOCABULARY = SYMBOLS + 2
+PERMUTED = 40
+"""Symbols that permutations are made of."""
+COPIED = 256
+"""Symbols of strings to copy, none of which comes twice in a string: two layers find a token by the one before it."""
+SEPARATOR, END = COPIED, COPIED + 1
+VOCABULARY = COPIED + 2
 RESULTS = Path(__file__).parent / "results"
 stderr = Console(stderr=True)
 
@@ -74,18 +78,18 @@ QUICK = Recipe(steps=6, warm_up=2, batch=8, lengths=(32, 64), seeds=(0,), look_e
 
 def repeated_permutation(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Each row repeats its own 6 to 14 symbols; the first repeated one is a surprise, all after it are not."""
-    order = torch.rand(rows, SYMBOLS, generator=generator).argsort(1)
+    order = torch.rand(rows, PERMUTED, generator=generator).argsort(1)
     period = torch.randint(6, 15, (rows, 1), generator=generator)
     place = torch.arange(length).expand(rows, -1)
     return order.gather(1, place % period), place > period
 
 
 def copied_string(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A string of a quarter to half the length, a separator, the string again, and the end."""
-    string = torch.randint(SYMBOLS, (rows, length), generator=generator)
+    """A string of a quarter to half the length without repeats, a separator, the string again, and the end."""
+    string = torch.rand(rows, COPIED, generator=generator).argsort(1)
     size = torch.randint(length // 4, (length - 1) // 2 + 1, (rows, 1), generator=generator)
     place = torch.arange(length).expand(rows, -1)
-    tokens = string.gather(1, torch.where(place < size, place, place - size - 1).clamp_min(0))
+    tokens = string.gather(1, torch.where(place < size, place, place - size - 1).clamp(0, COPIED - 1))
     tokens = torch.where(place == size, SEPARATOR, torch.where(place > 2 * size, END, tokens))
     return tokens, (place > size) & (place <= 2 * size)
 
@@ -226,7 +230,7 @@ def learning_rate(step: int, *, recipe: Recipe) -> float:
     """Relative to the highest."""
     if step < recipe.warm_up:
         return (step + 1) / recipe.warm_up
-    done = (step - recipe.warm_up) / (recipe.steps - recipe.warm_up)
+    done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import shared_kernels
 from llm_attn.softplus_attention import (
@@ -20,6 +20,7 @@ from llm_attn.softplus_attention import (
     softplus_weights,
 )
 from llm_attn.testing import DoorTests, tiny_model, tokens
+from llm_attn.transformers.power_warm_up import PowerWarmUp
 from llm_attn.transformers.visibility import Visibility
 
 MODULE = importlib.import_module("llm_attn.softplus_attention")  # the package's face has the function by this name
@@ -395,6 +396,27 @@ def test_power_of_some_layers(tmp_path):
         one_stage = logits(model, ids)
     with apply_softplus(model, SoftplusConfig(power=None), layers=[1]):
         assert torch.equal(logits(model, ids), one_stage)
+
+
+def test_power_warms_up_in_a_trainer(tmp_path):
+    warm_up = PowerWarmUp(steps=2, start=1.0, end=9.0)
+    assert [warm_up.power(step) for step in (0, 1, 2, 50)] == [1, 3, 9, 9]
+    model = tiny_model("llama")
+    apply_softplus(model)
+    powers = []
+    model.register_forward_pre_hook(
+        lambda *_: powers.append(model.model.layers[1].self_attn.llm_attn["softplus"].power)
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 9)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=[warm_up]).train()
+    assert powers == [1, 3, 9]
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        PowerWarmUp(steps=0)
+    with pytest.raises(ValueError, match="1 <= start <= end, got 9 and 3"):
+        PowerWarmUp(steps=4, start=9, end=3)
 
 
 def test_switching_it_on_for_a_softmax_checkpoint_warns(tmp_path):
