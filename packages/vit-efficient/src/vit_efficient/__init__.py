@@ -1,1 +1,45 @@
 """Vision transformers that spend less, as ordinary timm models; see README.md."""
+
+from vit_efficient import ve_asvit  # noqa: F401 - registers its models with timm
+from vit_efficient.adaptive_sparsity import (
+    AdaptiveSparsityConfig,
+    AdaptiveSparsityLoss,
+    apply_adaptive_sparsity,
+    masked_forward,
+    model_macs,
+)
+from vit_efficient.baselines import (
+    DynamicViTConfig,
+    EViTConfig,
+    FixedTokensConfig,
+    ToMeConfig,
+    apply_dynamicvit,
+    apply_evit,
+    apply_fixed_tokens,
+    apply_tome,
+)
+from vit_efficient.door import Handle, load_method, save_method
+from vit_efficient.token_maps import draw_token_maps, kept_patches
+from vit_efficient.token_reduction import token_counts
+
+__all__ = [
+    "AdaptiveSparsityConfig",
+    "AdaptiveSparsityLoss",
+    "DynamicViTConfig",
+    "EViTConfig",
+    "FixedTokensConfig",
+    "Handle",
+    "ToMeConfig",
+    "apply_adaptive_sparsity",
+    "apply_dynamicvit",
+    "apply_evit",
+    "apply_fixed_tokens",
+    "apply_tome",
+    "draw_token_maps",
+    "kept_patches",
+    "load_method",
+    "masked_forward",
+    "model_macs",
+    "save_method",
+    "token_counts",
+]

@@ -1,0 +1,154 @@
+"""The door into a timm ViT: which models a method may change, how it is undone, and how it is saved.
+
+A method is put into a model by giving it another class (a subclass of its own, with the same attributes) and modules of
+the method's own; no block of timm is patched, and `remove()` gives the class back. What is not known to be right is
+refused: patches that go through by chance are how token merging came to be silently wrong on DeiT-3 and DINOv2.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+SUPPORTED = (
+    "timm's VisionTransformer with standard blocks and a class token: ViT, DeiT, DeiT-3, DINOv2 and CLIP, with or "
+    "without LayerScale, registers, qk-norm, norm_pre and a distillation token"
+)
+
+
+@dataclass
+class Handle:
+    """A method at work in a model. `remove()` undoes it; as a context manager, leaving the block does.
+
+    name: of the method. model: the host. config: the method's settings.
+    layers_changed: indices of the blocks in which it acts.
+    """
+
+    name: str
+    model: nn.Module
+    config: Any
+    layers_changed: tuple[int, ...]
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        """Has `undo` called by `remove`, before whatever was asked for earlier."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """The host as it was. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+@dataclass(frozen=True)
+class _Method:
+    config_class: type
+    apply: Callable[..., Handle]
+
+
+_METHODS: dict[str, _Method] = {}
+
+
+def register_method(name: str, config_class: type, apply: Callable[..., Handle]) -> None:
+    """Lets `load_method` open the method `name` again: `apply(model, config_class(**saved))`."""
+    _METHODS[name] = _Method(config_class, apply)
+
+
+def check_vit(model: Any) -> VisionTransformer:
+    """The model, if token methods are right on it. ValueError or TypeError with what is supported."""
+    if getattr(model, "vit_efficient_method", None) is not None:
+        raise ValueError(
+            f"{model.vit_efficient_method} is at work in this model already; call remove() on its handle first"
+        )
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise TypeError(f"{type(model).__name__} is not supported; supported is {SUPPORTED}")
+    odd = [type(m).__name__ for b in model.blocks for m in (b, b.attn) if type(m) not in (Block, Attention)]
+    if odd:
+        raise TypeError(f"blocks of {odd[0]} are not supported; supported is {SUPPORTED}")
+    if model.cls_token is None:
+        raise ValueError(f"the model has no class token; supported is {SUPPORTED}")
+    if model.attn_pool is not None or model.global_pool not in ("token", "avg", "") or model.pool_include_prefix:
+        pool = "an attention pool" if model.attn_pool is not None else f"global_pool={model.global_pool!r}"
+        raise ValueError(f"{pool} is not supported: VisionTransformer with 'token' or 'avg' pooling is")
+    return model
+
+
+def check_locations(model: VisionTransformer, locations: tuple[int, ...] | None, *, first: int = 0) -> tuple[int, ...]:
+    """The blocks where a method drops tokens: those given, or a quarter, a half and three quarters of the depth.
+
+    ValueError unless they increase and lie from `first` to the last block.
+    """
+    depth = len(model.blocks)
+    if locations is None:
+        locations = tuple(sorted({max(depth * quarter // 4, first) for quarter in (1, 2, 3)}))
+    if list(locations) != sorted(set(locations)) or not all(first <= place < depth for place in locations):
+        raise ValueError(f"locations must be increasing blocks from {first} to {depth - 1}, got {locations}")
+    return locations
+
+
+def open_door(
+    model: VisionTransformer, name: str, config: Any, changed_class: type, modules: dict[str, nn.Module], layers: Any
+) -> Handle:
+    """Gives a checked model another class and the modules of a method, on its device and in its dtype.
+
+    changed_class: a subclass of the model's class that finds `modules` as attributes.
+    """
+    handle = Handle(name, model, config, tuple(layers))
+    before, weight = type(model), next(model.parameters())
+    for key, module in modules.items():
+        model.add_module(key, module.to(weight.device))
+        handle.on_remove(lambda key=key: delattr(model, key))  # type: ignore[misc]
+    model.vit_efficient_method = name
+    handle.on_remove(lambda: delattr(model, "vit_efficient_method"))
+    model.__class__ = changed_class
+    handle.on_remove(lambda: setattr(model, "__class__", before))
+    return handle
+
+
+def save_method(handle: Handle, folder: Path) -> None:
+    """Writes `method.json` (name and settings) and `model.safetensors` (all weights, host and method) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.contiguous() for key, value in handle.model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.part")
+    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    (folder / "method.json.part").write_text(
+        json.dumps({"name": handle.name, "config": asdict(handle.config)}, indent=2)
+    )
+    (folder / "method.json.part").replace(folder / "method.json")
+
+
+def load_method(model: nn.Module, folder: Path) -> Handle:
+    """Opens the saved method in a fresh host of the same architecture and loads all weights.
+
+    Raises FileNotFoundError, and ValueError on a method that this version does not know or weights of another shape.
+    """
+    path = folder / "method.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no method.json; save_method writes one")
+    saved = json.loads(path.read_text())
+    if saved["name"] not in _METHODS:
+        raise ValueError(f"{path} is of method {saved['name']}; known are {', '.join(sorted(_METHODS))}")
+    method = _METHODS[saved["name"]]
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["config"].items()}
+    handle = method.apply(model, method.config_class(**config))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as problem:
+        handle.remove()
+        raise ValueError(
+            f"{folder} was saved from another architecture: {str(problem).splitlines()[1].strip()}"
+        ) from problem
+    return handle
