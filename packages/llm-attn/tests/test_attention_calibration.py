@@ -1,8 +1,11 @@
 """Attention calibration against its definition, the door, the head search on a model with a planted distractor."""
 
+import importlib
 import json
 import math
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -666,6 +669,79 @@ def test_searches_that_cannot_be():
         Choice("a", ("b",), 0)
     with pytest.raises(ValueError, match="number of an option"):
         Choice("a", ("b", "c"), 2)
+
+
+# ---- the proof
+
+
+class LetterTokenizer:
+    """A token for each letter, enough for a model that knows nothing."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, return_tensors: str | None = None) -> dict:
+        ids = [*([1] if add_special_tokens else []), *(2 + ord(letter) % 90 for letter in text)]
+        return {"input_ids": torch.tensor([ids]) if return_tensors == "pt" else ids}
+
+    def decode(self, ids: list[int]) -> str:
+        return chr(ids[0] + 30)
+
+
+@pytest.fixture
+def proof(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "proofs"))
+    for name in ("fact_questions", "attention_calibration"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("attention_calibration")
+    for name in ("fact_questions", "attention_calibration"):
+        del sys.modules[name]
+
+
+def test_proof_runs_and_goes_on(proof, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=4, max_position_embeddings=512)
+    settings = {"tasks": ["cities", "letters"], "recipe": proof.QUICK, "out": tmp_path}
+    first = proof.prove(model, LetterTokenizer(), seeds=[0], **settings)
+    run = json.loads((tmp_path / "attention_calibration" / "cities-0.json").read_text())
+    assert run["heads with sinks"] > 0
+    host, chosen = (np.mean(run["right"][way]) for way in ("host", "chosen heads"))
+    assert first["tasks"]["cities"]["gain"]["chosen heads"][0] == pytest.approx(100 * (chosen - host))
+    before = (tmp_path / "attention_calibration" / "cities-0.json").stat().st_mtime_ns
+    second = proof.prove(model, LetterTokenizer(), seeds=[0, 1], **settings)
+    assert (tmp_path / "attention_calibration" / "cities-0.json").stat().st_mtime_ns == before
+    assert second["seeds"] == [0, 1]
+    table = (tmp_path / "attention_calibration.md").read_text()
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:5]] == ["cities", "letters", "all tasks"]
+    for name in ("attention_calibration.png", "attention_calibration_sinks.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+
+
+def test_questions_are_fit_to_be_asked(proof):
+    tasks = sys.modules["fact_questions"].TASKS
+    for name, task in tasks.items():
+        questions = task(0)
+        assert len(questions) >= 346, name  # 96 to choose heads on, 250 to answer
+        assert len({question.prompt for question in questions}) == len(questions)
+        assert all(len(set(question.options)) == 4 for question in questions)
+        assert questions == task(0) != task(1)
+        places = [question.answer for question in questions]
+        assert min(places.count(place) for place in range(4)) > 0.15 * len(places)  # no place betrays the answer
+    calibration, test = proof.split("cities", 0, proof.Recipe())
+    assert not {question.prompt for question in calibration} & {question.prompt for question in test}
+    assert Choice("Question: In which country is Nairobi?\nAnswer:", (" Kenya", " Chad"), 0).prompt in {
+        question.prompt for question in tasks["cities"](0)
+    }
+
+
+def test_interval_is_of_the_paired_difference(proof):
+    questions = [str(i) for i in range(200)]
+    host, with_act = [i % 2 == 0 for i in range(200)], [True] * 150 + [False] * 50
+    runs = [{"task": "a", "questions": questions, "right": {"host": host, "x": with_act}}]
+    mean, low, high = proof.interval(runs, "x", 4000)
+    assert mean == pytest.approx(25.0)
+    gains = 100 * (np.array(with_act, float) - np.array(host, float))
+    by_hand = 1.96 * gains.std() / math.sqrt(200)
+    assert (high - low) / 2 == pytest.approx(by_hand, rel=0.1)
+    twice = proof.interval(runs * 2, "x", 4000)  # the same questions again are no new evidence
+    assert (twice[2] - twice[1]) == pytest.approx(high - low, rel=0.1)
 
 
 # ---- pictures
