@@ -17,6 +17,7 @@ from llm_attn.dhsa.boundaries import (
     spaced_peaks,
     uniform_boundaries,
 )
+from llm_attn.dhsa.comparison import Comparison, InputProblem, compare_answers, draw_selections, write_comparison
 from llm_attn.dhsa.config import DHSAConfig, PredictorConfig
 from llm_attn.dhsa.door import Selection, apply_dhsa
 from llm_attn.dhsa.predictor import BoundaryPredictor
@@ -33,8 +34,10 @@ from llm_attn.dhsa.training import (
 __all__ = [
     "BoundaryPredictor",
     "BoundaryTraining",
+    "Comparison",
     "DHSAConfig",
     "FixedBlocksConfig",
+    "InputProblem",
     "KeyLists",
     "PredictorConfig",
     "Selection",
@@ -43,8 +46,10 @@ __all__ = [
     "boundaries_from_logits",
     "boundary_targets",
     "chunk_keys",
+    "compare_answers",
     "dhsa_attention",
     "dhsa_decode",
+    "draw_selections",
     "evaluate_boundary_predictor",
     "fill_budget",
     "fixed_block_lists",
@@ -57,4 +62,5 @@ __all__ = [
     "spaced_peaks",
     "train_boundary_predictor",
     "uniform_boundaries",
+    "write_comparison",
 ]

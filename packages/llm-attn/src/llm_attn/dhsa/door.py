@@ -52,7 +52,12 @@ class Selection:
     boundaries: Int[Tensor, "B M+1"]
     lists: KeyLists
     num_queries: int
+    """Queries of the pass; the last `instruction_tokens` of a prompt read everything and are in no list."""
     num_keys: int
+    sparse_queries: int
+    """Queries that the lists are for."""
+    block_size: int
+    """Queries of a list; the last list may have fewer."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ class Memory:
             if share and lists is not None:
                 self.shared_lists[window, part.number] = lists
         if self.on_selection is not None and lists is not None:
-            self.on_selection(Selection(index, chunks.boundaries, lists, Nq, Nk))
+            sparse = 1 if Nq == 1 else Nq - config.instruction_tokens
+            self.on_selection(Selection(index, chunks.boundaries, lists, Nq, Nk, sparse, config.block_size))
         return out
 
     def _chunks(self, layer: nn.Module, part: Part, key: Tensor, num_queries: int) -> _Chunks:
