@@ -4,8 +4,8 @@
 
 Two tasks that an induction head solves: a random permutation repeated over and over (period 6 to 14), and a random
 string that is copied once. Train length 32; a token counts if the tokens before it determine it. Every variant has the
-same Llama around its attention (2 layers, 64 wide, 4 heads, rotary positions), the same data, optimiser and steps;
-nothing was tuned for any. While training: largest score, entropy of the attention relative to that of uniform weights,
+same Llama around its attention (2 layers, 64 wide, 4 heads, rotary positions; TransNormerLLM is a model of its own, of
+the same size), the same data, optimiser and steps; nothing was tuned for any. While training: largest score, entropy of the attention relative to that of uniform weights,
 norm of the gradient before it is clipped. Three seeds; tables give the mean and, in brackets, lowest and highest.
 
 A method's figure compares the variants in `METHODS`. To add a variant: a function of the seed in `VARIANTS`, its name
@@ -37,8 +37,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm_attn.affine_attention import AffineConfig, apply_affine
 from llm_attn.affine_attention.mass import attention_maps
+from llm_attn.lightning_attention import LightningConfig, apply_lightning, decay_slopes
 from llm_attn.softplus_attention import Mode, SoftplusConfig, apply_softplus, cosines, log_scale, softplus_weights
 from llm_attn.transformers.door import layer_config
+from llm_attn.transnormer import TransNormerConfig, TransNormerForCausalLM
 
 PERMUTED = 40
 """Symbols that permutations are made of."""
@@ -130,6 +132,22 @@ def affine(seed: int, **settings: Any) -> PreTrainedModel:
     return model
 
 
+def lightning(seed: int, *, layers: Sequence[int] | None = None) -> PreTrainedModel:
+    model = llama(seed)
+    apply_lightning(model, LightningConfig(), layers=layers)
+    return model
+
+
+def transnormer(seed: int) -> PreTrainedModel:
+    """As many parameters as the Llama: the gate of its attention is taken off its gated linear unit."""
+    host = llama(seed).config
+    inside = host.intermediate_size - host.hidden_size // 3
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_cache")
+    torch.manual_seed(seed)
+    sizes = {name: getattr(host, name) for name in names}
+    return TransNormerForCausalLM(TransNormerConfig(**sizes, intermediate_size=inside, pad_token_id=None))
+
+
 VARIANTS: dict[str, Callable[[int], PreTrainedModel]] = {
     "softmax": llama,
     "softmax_logn": partial(softplus, mode="softmax_logn"),
@@ -141,11 +159,15 @@ VARIANTS: dict[str, Callable[[int], PreTrainedModel]] = {
     "affine_row": partial(affine, n_mode="row"),
     "gated": partial(affine, scaling="softmax", gate=True),
     "affine_gated": partial(affine, gate=True),
+    "lightning": lightning,
+    "lightning_softmax": partial(lightning, layers=[0]),
+    "transnormer": transnormer,
 }
 
 METHODS: dict[str, tuple[str, ...]] = {
     "softplus": ("softmax", "softmax_logn", "lssa", "lssar_3", "lssar_15"),
     "affine": ("softmax", "sink", "affine", "affine_row", "gated", "affine_gated"),
+    "lightning": ("softmax", "lightning", "lightning_softmax", "transnormer"),
 }
 """Figure -> the variants it compares, the baseline first."""
 
@@ -192,9 +214,42 @@ def cosine_attention(layer: nn.Module, query: Tensor, key: Tensor) -> tuple[Tens
     return scores, softplus_weights(query, key, seen, power=config.power)
 
 
+def lightning_attention(layer: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the lightning variants: weights are the scores, faded by distance; layers that are left out have softmax."""
+    config = layer_config(layer, "lightning", None)
+    if config is None:
+        return softmax_attention(layer, query, key)
+    slopes = decay_slopes(
+        query.shape[1], layer=layer.layer_idx, num_layers=layer.config.num_hidden_layers, decay=config.decay
+    )
+    return faded(F.silu(query) @ F.silu(key).mT * layer.scaling, slopes)
+
+
+def faded(scores: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores, and what Lightning Attention multiplies the values by."""
+    place = torch.arange(scores.shape[-1])
+    return scores, scores * torch.exp(-slopes[:, None, None] * (place[:, None] - place)).tril()
+
+
+def transnormer_attention(model: PreTrainedModel, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Scores and weights of each layer of a TransNormerLLM."""
+    seen = []
+    hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    for layer, states in zip(model.model.layers, hidden[:-1], strict=True):
+        mixer = layer.token_mixer
+        query, key, _, _ = mixer.qkvu_proj(layer.token_norm(states)).chunk(4, -1)
+        query, key = (F.silu(t).unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2) for t in (query, key))
+        if mixer.lrpe is not None:
+            query, key = mixer.lrpe(query, 0), mixer.lrpe(key, 0)
+        seen.append(faded(query @ key.mT, mixer.decay()))
+    return seen
+
+
 ATTENTION: dict[str, Callable[[PreTrainedModel, Tensor], list[tuple[Tensor, Tensor]]]] = {
     name: partial(llama_attention, of=cosine_attention) for name in ("softmax_logn", "lssa", "lssar_3", "lssar_15")
 } | dict.fromkeys(("sink", "affine", "affine_row", "gated", "affine_gated"), attention_maps)
+ATTENTION |= dict.fromkeys(("lightning", "lightning_softmax"), partial(llama_attention, of=lightning_attention))
+ATTENTION["transnormer"] = transnormer_attention
 """Variant -> function of model and tokens to (scores, weights) of each layer, where it is not `softmax_attention`."""
 
 
