@@ -5,8 +5,9 @@
 Two tasks that an induction head solves: a random permutation repeated over and over (period 6 to 14), and a random
 string that is copied once. Train length 32; a token counts if the tokens before it determine it. Every variant has the
 same Llama around its attention (2 layers, 64 wide, 4 heads, rotary positions; TransNormerLLM is a model of its own, of
-the same size), the same data, optimiser and steps; nothing was tuned for any. While training: largest score, entropy of the attention relative to that of uniform weights,
-norm of the gradient before it is clipped. Three seeds; tables give the mean and, in brackets, lowest and highest.
+the same size), the same data, optimiser and steps; nothing was tuned for any. While training: largest score, entropy of
+the attention relative to that of uniform weights, norm of the gradient before it is clipped. Three seeds; tables give
+the mean and, in brackets, lowest and highest.
 
 A method's figure compares the variants in `METHODS`. To add a variant: a function of the seed in `VARIANTS`, its name
 in `METHODS`, and a function in `ATTENTION` that says what its scores and weights are if those are not softmax's.
@@ -37,6 +38,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm_attn.affine_attention import AffineConfig, apply_affine
 from llm_attn.affine_attention.mass import attention_maps
+from llm_attn.attention_residuals import AttentionResidualsConfig, apply_attention_residuals
 from llm_attn.lightning_attention import LightningConfig, apply_lightning, decay_slopes
 from llm_attn.softplus_attention import Mode, SoftplusConfig, apply_softplus, cosines, log_scale, softplus_weights
 from llm_attn.transformers.door import layer_config
@@ -138,6 +140,13 @@ def lightning(seed: int, *, layers: Sequence[int] | None = None) -> PreTrainedMo
     return model
 
 
+def attention_residuals(seed: int, *, sublayers_per_block: int) -> PreTrainedModel:
+    """Softmax attention over tokens; over depth, attention in place of the residual sum."""
+    model = llama(seed)
+    apply_attention_residuals(model, AttentionResidualsConfig(sublayers_per_block=sublayers_per_block))
+    return model
+
+
 def transnormer(seed: int) -> PreTrainedModel:
     """As many parameters as the Llama: the gate of its attention is taken off its gated linear unit."""
     host = llama(seed).config
@@ -162,12 +171,15 @@ VARIANTS: dict[str, Callable[[int], PreTrainedModel]] = {
     "lightning": lightning,
     "lightning_softmax": partial(lightning, layers=[0]),
     "transnormer": transnormer,
+    "residuals_full": partial(attention_residuals, sublayers_per_block=1),
+    "residuals_block": partial(attention_residuals, sublayers_per_block=2),
 }
 
 METHODS: dict[str, tuple[str, ...]] = {
     "softplus": ("softmax", "softmax_logn", "lssa", "lssar_3", "lssar_15"),
     "affine": ("softmax", "sink", "affine", "affine_row", "gated", "affine_gated"),
     "lightning": ("softmax", "lightning", "lightning_softmax", "transnormer"),
+    "attention_residuals": ("softmax", "residuals_full", "residuals_block"),
 }
 """Figure -> the variants it compares, the baseline first."""
 
