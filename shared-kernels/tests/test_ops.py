@@ -143,7 +143,7 @@ def check_compiles(spec, target, dtype, name=None):
     assert compiled
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[target], kernel
-        assert kernel.spilled <= spec.spill_allowed.get(target, 0), kernel
+        assert kernel.spilled <= spec.spill_allowed.get(dtype, {}).get(target, 0), kernel
 
 
 @each_op

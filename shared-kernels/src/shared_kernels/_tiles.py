@@ -118,8 +118,14 @@ def target(tensor: Tensor) -> str:
 
 
 def table_tile(table: TileTable, kernel: str, tensor: Tensor, columns: int) -> Tile:
-    """The tile of a kernel for rows of so many columns in the tensor's dtype; beyond the table, its widest row."""
-    rows = table[target(tensor)][kernel]
+    """The tile of a kernel for rows of so many columns in the tensor's dtype; beyond the table, its widest row.
+
+    float32 may have rows of its own, under "<kernel>, float32": its products take more registers.
+    """
+    kernels = table[target(tensor)]
+    rows = kernels[kernel]
+    if tensor.dtype == torch.float32:
+        rows = kernels.get(f"{kernel}, float32", rows)
     wanted = columns * tensor.element_size() // 2
     return rows[min((limit for limit in rows if limit >= wanted), default=max(rows))]
 

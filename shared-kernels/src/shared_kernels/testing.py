@@ -91,8 +91,8 @@ class OpSpec:
     """Sample -> (FLOPs, bytes that must cross memory) of the forward pass; FLOPs are asserted."""
     rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """For benchmarks."""
-    spill_allowed: Mapping[str, int] = field(default_factory=dict)
-    """Target -> bytes of registers per thread that a kernel may spill; elsewhere none."""
+    spill_allowed: Mapping[torch.dtype, Mapping[str, int]] = field(default_factory=dict)
+    """Dtype of the sample -> target -> bytes of registers per thread that a kernel may spill; elsewhere none."""
     largest: Callable[[Sample], int] | None = None
     """Sample -> elements that no intermediate tensor of the CPU code may exceed on one thread: the memory promise."""
 

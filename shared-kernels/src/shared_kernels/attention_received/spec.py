@@ -329,7 +329,7 @@ RECEIVED = OpSpec(
     launches=received_launches,
     cost=received_cost,
     # rows of 72 and of 256, backward: a smaller tile would cost more
-    spill_allowed={"sm_80": 32, "sm_89": 40, "sm_100": 8, "sm_120": 24},
+    spill_allowed={torch.bfloat16: {"sm_80": 32, "sm_89": 40, "sm_100": 8, "sm_120": 24}},
     largest=largest,
 )
 
@@ -353,6 +353,7 @@ GIVEN = OpSpec(
     ),
     launches=given_launches,
     cost=given_cost,
+    spill_allowed={torch.bfloat16: {"sm_80": 8, "sm_89": 32, "sm_90": 24, "sm_100": 32, "sm_120": 32}},  # rows of 256
     largest=largest,
 )
 

@@ -294,9 +294,16 @@ _ROWS = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8,
 _COLUMNS = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
 _BACKWARD = {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
 _GIVEN = {128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)}
-_TABLE = {"rows": _ROWS, "columns": _COLUMNS, "backward": _BACKWARD, "given": _GIVEN}
+_FLOAT32 = {  # three products take the place of one, with operands in registers
+    "rows, float32": {128: Tile(64, 32, 4, 1), 512: Tile(16, 32, 4, 1)},
+    "columns, float32": {128: Tile(32, 32, 4, 1), 512: Tile(16, 32, 8, 1)},
+    "backward, float32": {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1), 512: Tile(16, 16, 8, 1)},
+    "given, float32": {128: Tile(32, 32, 4, 1), 512: Tile(16, 16, 8, 1)},
+}
+_KERNELS = {"rows": _ROWS, "columns": _COLUMNS, "backward": _BACKWARD, "given": _GIVEN}
+_TABLE = _KERNELS | _FLOAT32
 TILES: TileTable = {
-    "interpreter": {kernel: {256: Tile(16, 32, 4, 1)} for kernel in _TABLE},
+    "interpreter": {kernel: {256: Tile(16, 32, 4, 1)} for kernel in _KERNELS},
     "sm_80": _TABLE,
     "sm_89": _TABLE,
     "sm_90": _TABLE,

@@ -264,9 +264,13 @@ def l1_attention_bwd_kernel_key(
 _FORWARD = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
 _BACKWARD = {64: Tile(32, 32, 4, 2), 128: Tile(32, 64, 8, 1), 256: Tile(16, 32, 8, 1)}
 _NARROW = {"forward": {64: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)}, "backward": {256: Tile(16, 32, 4, 1)}}
-_TABLE = {"forward": _FORWARD, "backward": _BACKWARD}
+_FLOAT32 = {  # three products take the place of one, with operands in registers
+    "forward, float32": {128: Tile(32, 32, 4, 1), 512: Tile(16, 32, 4, 1)},
+    "backward, float32": {128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1), 512: Tile(16, 16, 8, 1)},
+}
+_TABLE = {"forward": _FORWARD, "backward": _BACKWARD} | _FLOAT32
 TILES: TileTable = {
-    "interpreter": {kernel: {512: Tile(16, 32, 4, 1)} for kernel in _TABLE},
+    "interpreter": {kernel: {512: Tile(16, 32, 4, 1)} for kernel in _NARROW},
     "sm_80": _TABLE,
     "sm_89": _TABLE,
     "sm_90": _TABLE,

@@ -225,7 +225,7 @@ HALO = OpSpec(
     cost=cost,
     largest=largest,
     # dq at head_dim 256 with positions: the sums by window row and column come on top
-    spill_allowed={"sm_89": 16, "sm_90": 40, "sm_100": 40, "sm_120": 24},
+    spill_allowed={torch.bfloat16: {"sm_89": 16, "sm_90": 40, "sm_100": 40, "sm_120": 24}},
 )
 
 

@@ -243,6 +243,9 @@ _REFUSED_CHOICE: dict[str, Refusal] = {
     ),
 }  # fmt: skip
 
+# a packed mask goes through the stack
+_SPILLED = {dtype: {"sm_89": 8, "sm_90": 8, "sm_100": 8, "sm_120": 8} for dtype in (torch.float32, torch.bfloat16)}
+
 SPECS = (
     OpSpec(
         op=select_blocks,
@@ -263,7 +266,7 @@ SPECS = (
         library_ops=(torch.ops.shared_kernels.select_blocks.default,),
         launches=launches,
         cost=cost,
-        spill_allowed={"sm_89": 8, "sm_90": 8, "sm_100": 8, "sm_120": 8},  # a packed mask goes through the stack
+        spill_allowed=_SPILLED,
         largest=_largest,
     ),
     OpSpec(
@@ -279,7 +282,7 @@ SPECS = (
         library_ops=(torch.ops.shared_kernels.select_blocks.default,),
         launches=launches,
         cost=cost,
-        spill_allowed={"sm_89": 8, "sm_90": 8, "sm_100": 8, "sm_120": 8},
+        spill_allowed=_SPILLED,
         largest=_largest,
     ),
 )  # fmt: skip

@@ -285,5 +285,10 @@ SPEC = OpSpec(
     ),
     launches=launches,
     cost=cost,
+    # float32 rows of 256, for the most part; in bfloat16 single tokens
+    spill_allowed={
+        torch.float32: {"sm_80": 272, "sm_89": 272, "sm_90": 288, "sm_100": 288, "sm_120": 312, "gfx942": 368},
+        torch.bfloat16: {"sm_90": 16},
+    },
     largest=largest,
 )

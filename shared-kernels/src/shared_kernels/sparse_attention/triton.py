@@ -314,6 +314,7 @@ _FORWARD = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 64, 
 _DQ = {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(32, 32, 4, 1)}
 _DKV = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 1), 512: Tile(16, 32, 4, 1)}
 _SMALL = {256: Tile(32, 32, 4, 1)}
+_DQ_NARROW = _DQ | _SMALL | {128: Tile(64, 32, 4, 2)}
 _FLOAT32 = {  # three products take the place of one, with operands in registers
     "forward, float32": {128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 8, 1), 512: Tile(16, 16, 8, 1)},
     "dq, float32": {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1), 512: Tile(16, 16, 8, 1)},
@@ -322,9 +323,9 @@ _FLOAT32 = {  # three products take the place of one, with operands in registers
 _INTERPRETED = {"forward": Tile(32, 16, 4, 1), "dq": Tile(32, 16, 4, 1), "dkv": Tile(16, 32, 4, 1)}
 
 TILES: TileTable = {
-    "interpreter": {f"{name}{end}": {512: t} for name, t in _INTERPRETED.items() for end in ("", ", float32")},
+    "interpreter": {name: {512: tile} for name, tile in _INTERPRETED.items()},
     "sm_80": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV},
-    "sm_89": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ | _SMALL, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
+    "sm_89": _FLOAT32 | {"forward": _FORWARD, "dq": _DQ_NARROW, "dkv": _DKV | {256: Tile(32, 32, 8, 1)}},
     "sm_90": _FLOAT32
     | {
         "forward": _FORWARD | {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
@@ -383,8 +384,7 @@ class _Call:
 
     def tile(self, kernel: str, *, rows: int, keys: int) -> dict[str, Any]:
         """The row of the tile table, cut down to so many rows and keys, as constants of a launch."""
-        name = f"{kernel}, float32" if self._query.dtype == torch.float32 else kernel
-        tile = table_tile(TILES, name, self._query, self._columns)
+        tile = table_tile(TILES, kernel, self._query, self._columns)
         block_m, block_n = min(tile.rows, width(rows)), min(tile.keys, width(keys))
         warps = min(4, tile.warps) if block_m < min(tile.rows, 64) else tile.warps
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": tile.stages}

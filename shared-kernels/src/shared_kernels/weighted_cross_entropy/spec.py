@@ -191,7 +191,7 @@ SPEC = OpSpec(
         torch.ops.shared_kernels.weighted_cross_entropy_total_backward.default,
     ),
     launches=launches,
-    spill_allowed={"sm_89": 8, "sm_100": 8, "sm_120": 8},  # float32
+    spill_allowed={torch.float32: {"sm_89": 8, "sm_100": 8, "sm_120": 8}},
     cost=cost,
     # the inputs once, and a tile of logits that tokens and vocabulary do not change
     largest=lambda sample: max(
