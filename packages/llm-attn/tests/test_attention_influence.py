@@ -115,7 +115,7 @@ def test_masked_heads_give_the_mean_of_what_they_see_and_others_what_they_gave(f
     fused = family == "phi3"
     values = model.get_decoder().layers[1].self_attn
     values = values.qkv_proj if fused else values.v_proj
-    values.register_forward_hook(lambda module, args, out: seen.update(value=out))
+    values.register_forward_hook(lambda _, __, out: seen.update(value=out))
     model(ids, use_cache=False)
     before = seen["out"]
     with apply_head_masking(model, HeadMaskingConfig(heads={1: (0, 3)}, replacement=replacement)):
@@ -181,9 +181,9 @@ def test_wrong_models_and_heads_are_refused():
     small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     with pytest.raises(ValueError, match="tested families: llama"):
         apply_head_masking(BertModel(BertConfig(vocab_size=9, **small)), HeadMaskingConfig(heads={0: (1,)}))
+    model = tiny_model("llama")
+    model.set_attn_implementation("influence")
     with pytest.raises(ValueError, match="apply_head_masking"):
-        model = tiny_model("llama")
-        model.set_attn_implementation("influence")
         model(tokens(1, 3))
 
 

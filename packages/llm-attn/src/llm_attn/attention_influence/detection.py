@@ -173,21 +173,32 @@ def retrieval_scores(
     pass, where the answer is given. on_sample: told how many are done.
     Raises ValueError without samples, and for `strict` with `generate`.
     """
-    if strict and generate:
-        raise ValueError("strict compares places in the given answer, and with generate=True none is given")
     total: Tensor | None = None
     done = 0
-    for batch in _batches(samples, 1 if generate else batch_size):
-        found = [_generated_hits(model, batch[0])] if generate else _given_hits(model, batch, strict)
-        for hits in found:
-            total = hits if total is None else total + hits
-        done += len(batch)
+    for hits in sample_hits(model, samples, strict=strict, generate=generate, batch_size=batch_size):
+        total = hits if total is None else total + hits
+        done += 1
         if on_sample is not None:
             on_sample(done)
     if total is None:
         raise ValueError("there are no samples: give at least one")
     settings = {"samples": done, "strict": strict, "generate": generate}
     return HeadScores(tuple(tuple(row) for row in (total / done).tolist()), settings)
+
+
+def sample_hits(
+    model: PreTrainedModel,
+    samples: Iterable[RetrievalSample],
+    *,
+    strict: bool = False,
+    generate: bool = False,
+    batch_size: int = 1,
+) -> Iterator[Float[Tensor, "layers H"]]:
+    """The score of every head on each sample, one after another; arguments are those of `retrieval_scores`."""
+    if strict and generate:
+        raise ValueError("strict compares places in the given answer, and with generate=True none is given")
+    for batch in _batches(samples, 1 if generate else batch_size):
+        yield from [_generated_hits(model, batch[0])] if generate else _given_hits(model, batch, strict)
 
 
 def _batches(samples: Iterable[RetrievalSample], size: int) -> Iterator[list[RetrievalSample]]:

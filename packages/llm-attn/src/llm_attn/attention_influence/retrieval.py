@@ -22,98 +22,18 @@ _INSTRUCTION = (
 )
 _ALPHABET = string.ascii_letters + string.digits
 
-_WHO = [
-    "carpenter",
-    "teacher",
-    "pilot",
-    "gardener",
-    "sailor",
-    "painter",
-    "doctor",
-    "baker",
-    "farmer",
-    "librarian",
-    "engineer",
-    "tailor",
-    "nurse",
-    "miner",
-]
-_MANNER = ["old", "young", "quiet", "cheerful", "tired", "clever", "patient", "famous", "careful", "stubborn"]
-_DID = [
-    "carried",
-    "repaired",
-    "painted",
-    "counted",
-    "measured",
-    "forgot",
-    "collected",
-    "sold",
-    "borrowed",
-    "cleaned",
-    "hid",
-    "described",
-]
-_NUMBER = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve", "twenty", "thirty"]
-_LOOK = [
-    "green",
-    "wooden",
-    "broken",
-    "silver",
-    "heavy",
-    "empty",
-    "yellow",
-    "striped",
-    "rusty",
-    "paper",
-    "golden",
-    "tiny",
-]
-_WHAT = [
-    "lanterns",
-    "ladders",
-    "bottles",
-    "letters",
-    "clocks",
-    "baskets",
-    "chairs",
-    "coins",
-    "kites",
-    "violins",
-    "helmets",
-    "ropes",
-    "maps",
-    "bells",
-]
-_WHERE = [
-    "harbor",
-    "market",
-    "river",
-    "station",
-    "museum",
-    "bakery",
-    "bridge",
-    "orchard",
-    "tower",
-    "library",
-    "valley",
-    "lighthouse",
-]
-_WHEN = [
-    "dawn",
-    "noon",
-    "midnight",
-    "winter",
-    "breakfast",
-    "Sunday",
-    "the",
-    "storm",
-    "the",
-    "wedding",
-    "the",
-    "harvest",
-    "sunset",
-    "Christmas",
-]
+_WORDS = """
+who: carpenter teacher pilot gardener sailor painter doctor baker farmer librarian engineer tailor nurse miner
+manner: old young quiet cheerful tired clever patient famous careful stubborn
+did: carried repaired painted counted measured forgot collected sold borrowed cleaned hid described
+number: two three four five six seven eight nine ten twelve twenty thirty
+look: green wooden broken silver heavy empty yellow striped rusty paper golden tiny
+what: lanterns ladders bottles letters clocks baskets chairs coins kites violins helmets ropes maps bells
+where: harbor market river station museum bakery bridge orchard tower library valley lighthouse
+when: dawn noon midnight winter breakfast Sunday sunset Christmas lunch spring
+"""
+_GRAMMAR = {kind: words.split() for kind, words in (line.split(": ") for line in _WORDS.strip().splitlines())}
+_SENTENCE = "The {manner} {who} {did} {number} {look} {what} near the {where} before {when}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +78,7 @@ def generated_sentences(seed: int) -> Iterator[str]:
     """Plain English sentences without end, seldom the same one twice."""
     draw = random.Random(seed)
     while True:
-        who, did, where = draw.choice(_WHO), draw.choice(_DID), draw.choice(_WHERE)
-        things = f"{draw.choice(_NUMBER)} {draw.choice(_LOOK)} {draw.choice(_WHAT)}"
-        yield f"The {draw.choice(_MANNER)} {who} {did} {things} near the {where} before {draw.choice(_WHEN)}."
+        yield _SENTENCE.format(**{kind: draw.choice(words) for kind, words in _GRAMMAR.items()})
 
 
 def retrieval_samples(

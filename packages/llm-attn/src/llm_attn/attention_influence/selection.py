@@ -1,8 +1,8 @@
 """Which documents to keep: the highest scores of each domain (section 3.1 of the paper, the top 20 %).
 
-Scores of different domains (web, textbooks, code, mathematics) are not comparable, so each domain keeps its own share of
-documents. One machine sorts a domain exactly; a corpus that fits none has its scores counted in bins, counts of parts
-are added, and a threshold is read from the sum.
+Scores of different domains (web, textbooks, code, mathematics) are not comparable, so each domain keeps its own share
+of documents. One machine sorts a domain exactly; a corpus that fits none has its scores counted in bins, counts of
+parts are added, and a threshold is read from the sum.
 
 Decided here: the share is of documents, not of tokens, and of those that have a score; of equal scores the longer
 document is kept, then the earlier one.
@@ -70,6 +70,16 @@ class ScoreHistogram:
     def keeps(self, score: Float[np.ndarray, "n"], share: float) -> Bool[np.ndarray, "n"]:
         """Marks the scores of the kept bins."""
         return ~np.isnan(score) & (_bins(np.nan_to_num(score, nan=-1.0)) >= self._first_bin(share))
+
+    def coarse(self, bars: int = 80) -> tuple[Float[np.ndarray, "bars+1"], Int[np.ndarray, "bars"]]:
+        """Edges and counts for a picture, over the range that scores occupy."""
+        occupied = np.flatnonzero(self.counts)
+        first, last = (occupied[0], occupied[-1] + 1) if len(occupied) else (0, 1)
+        marks = np.unique(np.linspace(first, last, bars + 1).astype(np.int64))
+        counts = np.add.reduceat(self.counts, marks[:-1]) if len(occupied) else np.zeros(1, dtype=np.int64)
+        if len(occupied):
+            counts[-1] = self.counts[marks[-2] : marks[-1]].sum()
+        return np.expm1(_LOWEST + marks * (_HIGHEST - _LOWEST) / _BINS), counts
 
     def _first_bin(self, share: float) -> int:
         wanted = num_kept(int(self.counts.sum()), share)
