@@ -270,7 +270,8 @@ def _sum_of_mask(value: Tensor, mask: Tensor, wide: torch.dtype) -> Tensor:
     # looking at the mask is a choice by value, which a compiled graph cannot make
     bounds = None if torch.compiler.is_compiling() else _intervals(mask[:, 0])
     if bounds is None:
-        return mask.to(wide) @ value.to(wide)
+        with torch.autocast(value.device.type, enabled=False):  # it would round the sums
+            return mask.to(wide) @ value.to(wide)
     sums = F.pad(value.cumsum(2, dtype=wide), (0, 0, 1, 0))
     first, past_last = (_rows_of(sums, bound) for bound in bounds)
     return past_last - first
@@ -330,7 +331,8 @@ def masked_scores(
     """scale q_i . k_j, capped if asked for, -inf where not seen; float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
     key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(wide) @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~seen, -torch.inf)

@@ -47,8 +47,8 @@ class AttentionMass:
     """Mean of -sum_j p_j ln p_j in nats, p the absolute weights over their sum; rows of one key are left out."""
     negative: Float[Tensor, "L H"]
     """Share of the visible weights that are below 0."""
-    alpha: Float[Tensor, "L H"]
-    """Mean factor of the softmax; 1 for softmax."""
+    factor: Float[Tensor, "L H"]
+    """Mean of what the softmax is multiplied by: 1, alpha (twice that with init="identity"), or what a sink leaves."""
     largest_logit: Float[Tensor, "L H"]
     """Largest absolute score that a row may use."""
     histogram: Int[Tensor, "bins"]
@@ -158,7 +158,7 @@ class _Sums:
             "entropy": -torch.xlogy(share, share).sum(-1) * several,
             "negative": ((weights < 0) & visible).sum(-1) * counted,
             "keys": (seen_keys[:, None] * counted).expand_as(mass),
-            "alpha": factor.double() * counted,
+            "factor": factor.double() * counted,
         }
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0) + value.sum((0, 2))
@@ -177,7 +177,7 @@ class _Sums:
             "first_token": (self.sums["first_token"] / several).float(),
             "entropy": (self.sums["entropy"] / several).float(),
             "negative": (self.sums["negative"] / self.sums["keys"]).float(),
-            "alpha": (self.sums["alpha"] / rows).float(),
+            "factor": (self.sums["factor"] / rows).float(),
             "largest_logit": self.largest.float(),
             "histogram": self.sums["histogram"],
         }
@@ -220,11 +220,13 @@ def _draw_lines(panels: Any, found: Mapping[str, AttentionMass]) -> None:
         panels[1].plot(layers, one.first_token.mean(1).tolist(), marker="o", label=name)
         panels[2].plot(layers, one.entropy.mean(1).tolist(), marker="o", label=name)
     panels[0].set(title="mass of a row", xlabel="sum of the weights", ylabel="share of rows")
-    panels[1].set(title="weight of the first token", xlabel="layer", ylim=(min(0, panels[1].get_ylim()[0]), None))
-    panels[2].set(title="entropy, nats", xlabel="layer", ylim=(0, None))
+    panels[1].set(title="weight of the first token", xlabel="layer")
+    panels[2].set(title="entropy, nats", xlabel="layer")
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[1:]:
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(0.0, low), 1.1 * max(high, 1e-3))
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].legend(frameon=False)
 

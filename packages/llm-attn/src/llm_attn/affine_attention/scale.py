@@ -46,8 +46,8 @@ class AffineConfig:
     """The running mean is of each "head", or of the whole "layer"."""
     init: Init = "normal"
     """W_a at the start: "normal" (the host's initializer_range), "zeros" (alpha is 0.5), or "identity" for pretrained
-    models, an extension: zeros, alpha_ma 0.5 whatever `ema_init` says, and the output doubled for good (with `gate`,
-    doubled again), so that the first output is the softmax one exactly. The host's weights stay what they are."""
+    models, an extension: zeros, alpha_ma 0.5 whatever `ema_init` says, and alpha, beta and the gate doubled for good,
+    so that the first output is the softmax one exactly. The host's weights stay what they are."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -69,9 +69,8 @@ class AffineConfig:
 
     @property
     def gain(self) -> float:
-        """What the output is multiplied by, so that an identity start is one."""
-        halves = (self.scaling == "affine") + self.gate
-        return 2.0**halves if self.init == "identity" else 1.0
+        """What alpha and beta, and the gate, are multiplied by: both start at a half, which identity doubles."""
+        return 2.0 if self.init == "identity" else 1.0
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,8 @@ class AffineScale(nn.Module):
             out = (attended * factor[..., None]).to(attended.dtype)
         if self.config.gate:
             opened = torch.sigmoid(self.gate_proj(hidden_states)).unflatten(-1, (out.shape[1], -1)).transpose(1, 2)
-            out = out * opened.to(out.dtype)
-        return out * self.config.gain if self.config.gain != 1 else out
+            out = out * (self.config.gain * opened).to(out.dtype)
+        return out
 
     def _coefficients(
         self,
@@ -176,8 +175,9 @@ class AffineScale(nn.Module):
         if self.training and not _running_backward():
             self._move_mean(alpha.detach(), seen.real_tokens())
         alpha_ma = self.alpha_ma.clone()  # the buffer moves on before this graph is walked back
-        modes = {"n_mode": self.config.n_mode, "bias_length": self.config.bias_length}
-        return alpha, affine_bias(alpha, alpha_ma, seen, **modes)  # type: ignore[arg-type]
+        config = self.config
+        bias = affine_bias(alpha, alpha_ma, seen, n_mode=config.n_mode, bias_length=config.bias_length)
+        return (alpha, bias) if config.gain == 1 else (config.gain * alpha, config.gain * bias)
 
     @torch.no_grad()
     def _move_mean(self, alpha: Float[Tensor, "B H Nq"], real: Bool[Tensor, "#B Nq"] | None) -> None:
