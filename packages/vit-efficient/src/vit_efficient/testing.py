@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import timm
 import torch
-from timm.models._features_fx import GraphExtractNet, get_notrace_modules
+from timm.models._features_fx import GraphExtractNet, get_notrace_functions, get_notrace_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import get_graph_node_names
@@ -156,7 +156,8 @@ class ModelTests:
         if not self.traced:
             return
         model, x = self.create(name), images(1, self.size)
-        nodes = get_graph_node_names(model, {"leaf_modules": get_notrace_modules()})[1]
+        untraced = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+        nodes = get_graph_node_names(model, untraced)[1]
         graph = GraphExtractNet(model, [nodes[-1]])
         torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
 
