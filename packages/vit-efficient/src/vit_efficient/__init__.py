@@ -1,6 +1,6 @@
 """Vision transformers that spend less, as ordinary timm models; see README.md."""
 
-from vit_efficient import ve_asvit, ve_l2vit  # noqa: F401 - they register models with timm
+from vit_efficient import ve_asvit, ve_halonetx, ve_l2vit  # noqa: F401 - they register models with timm
 from vit_efficient.adaptive_sparsity import (
     AdaptiveSparsityConfig,
     AdaptiveSparsityLoss,

@@ -1,4 +1,4 @@
-"""L2ViT under timm model names: `timm.create_model("l2vit_tiny")` after `import vit_efficient`. No weights are given."""
+"""L2ViT under timm model names, after `import vit_efficient`: `timm.create_model("l2vit_tiny")`."""
 
 from typing import Any
 
