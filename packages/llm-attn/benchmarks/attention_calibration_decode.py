@@ -7,10 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_attn import ACTConfig, apply_act
 
-CLAIM = "Calibrating the sinks of 12 of 64 heads, counts going on, adds at most 10 % to the time of a token."
+CLAIM = "Calibrating the sinks of 12 of 64 heads, counts going on, adds at most 20 % to the time of a token."
 SWEEP = {"context": (512, 2_048)}
 BASELINE = "host"
-TARGET = 1 / 1.10
+TARGET = 1 / 1.20
 THREADS = 2
 ROUNDS = 15
 HEADS = {layer: (layer % 3, 3 + layer % 5) if layer > 2 else (0, 2, 4, 6) for layer in (2, 3, 4, 5, 6)}

@@ -216,7 +216,8 @@ def draw_sinks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     text = " ".join(question.prompt + question.options[question.answer] for question in TASKS["functions"](0)[:2])
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     names = [tokenizer.decode([token]) for token in ids[0].tolist()]
-    plot_sinks(sink_map(model, ids), out / "attention_calibration_sinks.png", tokens=names)
+    settled = ACTConfig(min_rows=8)  # the last tokens are seen by few rows
+    plot_sinks(sink_map(model, ids, settled), out / "attention_calibration_sinks.png", tokens=names)
 
 
 def main(

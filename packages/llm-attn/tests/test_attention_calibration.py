@@ -379,6 +379,25 @@ def test_decode_modes_differ_after_the_prompt_only():
     assert torch.equal(model(ids[:, 20:], past_key_values=cache).logits, logits["off"][1])
 
 
+def test_token_by_token_from_an_empty_cache_is_the_causal_prompt():
+    for family in ("llama", "mistral"):
+        model, ids, logits = tiny_model(family), tokens(2, 24), []
+        with apply_act(model, ACTConfig(heads=HEADS, min_rows=2)):
+            cache = DynamicCache(config=model.config)
+            for i in range(24):
+                logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        with apply_act(model, ACTConfig(heads=HEADS, min_rows=2, causal=True)):
+            torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_cache_of_other_heads_is_refused():
+    model, ids, cache = tiny_model("llama"), tokens(1, 9), DynamicCache()
+    with apply_act(model, ACTConfig(heads=HEADS)):
+        model(ids, past_key_values=cache)
+    with apply_act(model, ACTConfig(heads={0: [1], 1: [1]})), pytest.raises(ValueError, match="other heads"):
+        model(ids[:, :1], past_key_values=cache)
+
+
 def test_counts_follow_the_cache():
     """Rows of the batch reordered, repeated and chosen between two calls go on as if each had been alone."""
     model, ids, more = tiny_model("gemma2"), tokens(3, 20), tokens(3, 4, seed=5)

@@ -65,7 +65,8 @@ def prompt_sinks(
     with torch.no_grad():
         sums = attention_sums(query, key, visible, scale=scale, softcap=softcap)
         rows, length = rows_that_see(visible, *shape)[:, None], longest(visible, *shape)[:, None]
-        return flag_sinks(sums, rows, length, first_keys(visible, *shape)[:, None], config), sums
+        first = first_keys(visible, *shape)[:, None]
+        return flag_sinks(sums, rows, config.threshold(length), first, config), sums
 
 
 def calibrate_known_sinks(

@@ -56,6 +56,11 @@ class ACTConfig:
             return share / length.clamp(min=1).float()
         return torch.full(length.shape, absolute, device=length.device)
 
+    def threshold_at(self, length: int) -> float:
+        """Tau of a text of that many tokens."""
+        absolute, share = _parse_tau(self.tau)
+        return absolute or share / length
+
     def heads_of(self, layer: int, *, num_layers: int, num_heads: int) -> tuple[int, ...]:
         """Heads to calibrate in a layer. ValueError if the layer has no such head."""
         if self.heads is None:

@@ -124,12 +124,18 @@ def attention_sums(
 def flag_sinks(
     received: Float[Tensor, "*batch Nk"],
     rows: Int[Tensor, "*batch Nk"],
-    length: Int[Tensor, "*batch Nk"],
-    first: Bool[Tensor, "*batch Nk"],
+    threshold: Float[Tensor, "*batch Nk"] | float,
+    first: Bool[Tensor, "*batch upto"],
     config: ACTConfig,
 ) -> Bool[Tensor, "*batch Nk"]:
-    """Keys that received more than tau from each of the rows that saw them, on average, less the protected one."""
-    flagged = (received > config.threshold(length) * rows) & (rows >= config.min_rows)
+    """Keys that received more than tau from each of the rows that saw them, on average, less the protected one.
+
+    `first` says of the keys up to the last protected one, or of all, whether they begin a text.
+    """
+    flagged = received > rows * threshold
+    if config.min_rows > 1:
+        flagged = flagged & (rows >= config.min_rows)
     if config.protect == "first_flagged":
         return flagged & (flagged.cumsum(-1) > 1)
-    return flagged & ~first
+    flagged[..., : first.shape[-1]].masked_fill_(first, False)
+    return flagged

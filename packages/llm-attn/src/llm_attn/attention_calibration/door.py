@@ -118,25 +118,16 @@ class _Call(NamedTuple):
     scale: float
     dropout: float
     softcap: float | None
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        return getattr(self.layer, _HEADS, None) or _heads_of(self.layer, self.config)
-
-    @property
-    def config(self) -> ACTConfig:
-        return layer_config(self.layer, NAME, _DEFAULT)
+    config: ACTConfig
+    heads: tuple[int, ...]
+    slot: CacheLayerMixin | None
+    """The layer of the cache."""
+    watcher: OnSinks | None
 
     @property
     def changes(self) -> bool:
         """Whether the output is not the host's."""
         return self.config.beta < 1
-
-    @property
-    def slot(self) -> CacheLayerMixin | None:
-        """The layer of the cache."""
-        held = getattr(self.layer, _CACHE, None)
-        return None if held is None else held.layers[self.layer.layer_idx]
 
     def plain(self, *, dropout: float = 0.0) -> Tensor:
         """The host's output."""
@@ -160,7 +151,7 @@ class _Call(NamedTuple):
 
 
 def _attention(
-    layer: nn.Module,
+    layer: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,15 +163,18 @@ def _attention(
 ) -> Tensor:
     """One layer's attention; dropout is left out in calibrated heads."""
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    call = _Call(layer, query, key, value, visible, scale, dropout, softcap)
-    idle = not call.changes and getattr(layer, _WATCHER, None) is None
-    if idle or not call.heads or query.shape[2] == 0:
+    config: ACTConfig = layer_config(layer, NAME, _DEFAULT)
+    heads = getattr(layer, _HEADS, None) or _heads_of(layer, config)
+    held, watcher = getattr(layer, _CACHE, None), getattr(layer, _WATCHER, None)
+    slot = None if held is None else held.layers[layer.layer_idx]
+    call = _Call(layer, query, key, value, visible, scale, dropout, softcap, config, heads, slot, watcher)
+    if not heads or query.shape[2] == 0 or not (call.changes or watcher):
         return call.plain(dropout=dropout)
-    if getattr(call.slot, _STATE, None) is None and query.shape[2] == key.shape[2]:
+    if getattr(slot, _STATE, None) is None and query.shape[2] == key.shape[2]:
         return _begin(call)
-    if call.config.decode == "off":
+    if config.decode == "off":
         return call.plain(dropout=dropout)
-    return _go_on(call)
+    return _go_on_eagerly(call) if torch.compiler.is_compiling() else _go_on(call)
 
 
 def _begin(call: _Call) -> Tensor:
@@ -207,9 +201,8 @@ def _begin(call: _Call) -> Tensor:
     return changed if plain is out else _put(out, changed.index_select(1, _index(call.heads, out)), call.heads)
 
 
-@torch.compiler.disable
 def _go_on(call: _Call) -> Tensor:
-    """A later call of a text. Not compiled: what is known of the keys changes with every token."""
+    """A later call of a text."""
     if call.slot is None:
         raise ValueError(
             "act needs to count with the cache what keys receive: open the door with apply_act(model, ACTConfig(...)) "
@@ -221,12 +214,18 @@ def _go_on(call: _Call) -> Tensor:
         if seen == call.query.shape[2]:
             return _begin(call)  # a prompt in a static cache, compiled
         state = SinkState.empty(len(call.query), len(call.heads), call.query.device, call.query.dtype)
+    if state.received.shape[1] != len(call.heads):
+        raise ValueError("the cache was filled with other heads calibrated: begin the text anew with these")
     changed, state = call.running(state)
     _keep(call, state)
     if call.changes and len(call.heads) == call.query.shape[1]:
         return changed
     out = call.plain(dropout=call.dropout)
     return _put(out, changed, call.heads) if call.changes else out
+
+
+# what is known of the keys changes shape with every token: nothing to compile
+_go_on_eagerly = torch.compiler.disable(_go_on)
 
 
 def _index(heads: tuple[int, ...], like: Tensor) -> Tensor:
@@ -239,20 +238,25 @@ def _put(out: Tensor, changed: Tensor, heads: tuple[int, ...]) -> Tensor:
 
 def _keep(call: _Call, state: SinkState) -> None:
     """Leaves the state with the cache, and tells who wants to know."""
-    slot = call.slot
-    if slot is not None or getattr(call.layer, _WATCHER, None) is not None:
-        _leave(call, slot, state)
+    if call.slot is None and call.watcher is None:
+        return
+    if torch.compiler.is_compiling():
+        _leave_eagerly(call, state)
+    else:
+        _leave(call, state)
 
 
-@torch.compiler.disable
-def _leave(call: _Call, slot: CacheLayerMixin | None, state: SinkState) -> None:
-    if slot is not None and call.config.decode != "off":
-        if not isinstance(slot, _Follows):
-            slot.__class__ = _following(type(slot))
-        setattr(slot, _STATE, state)
-    on_sinks: OnSinks | None = getattr(call.layer, _WATCHER, None)
-    if on_sinks is not None:
-        on_sinks(call.layer.layer_idx, call.heads, state.received / state.rows.clamp(min=1), state.flagged)
+def _leave(call: _Call, state: SinkState) -> None:
+    if call.slot is not None and call.config.decode != "off":
+        if not isinstance(call.slot, _Follows):
+            of_host: type = type(call.slot)
+            call.slot.__class__ = _following(of_host)
+        setattr(call.slot, _STATE, state)
+    if call.watcher is not None:
+        call.watcher(call.layer.layer_idx, call.heads, state.received / state.rows.clamp(min=1), state.flagged)
+
+
+_leave_eagerly = torch.compiler.disable(_leave)
 
 
 class _Follows(ABC):  # noqa: B024 - as CacheLayerMixin is: an object changes class only between like layouts

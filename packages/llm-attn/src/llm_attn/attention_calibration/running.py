@@ -27,8 +27,8 @@ class SinkState:
     """What each key received from all rows that count, summed."""
     rows: Int[Tensor, "B 1 n"]
     """How many rows these were."""
-    first: Bool[Tensor, "B 1 n"]
-    """Keys that begin a text."""
+    first: Bool[Tensor, "B 1 #n"]
+    """Keys that begin a text; those after the last of them may be missing."""
     sinks: Bool[Tensor, "B h n"]
     """Sinks of the last row."""
     flagged: Bool[Tensor, "B h n"]
@@ -54,11 +54,10 @@ class SinkState:
         """With room for `new` keys at the end, `num_keys` in all: a sliding cache has dropped the oldest."""
         old, have = num_keys - new, self.received.shape[-1]
         grow = (max(0, old - have), new)  # keys that were cached before the door was opened received nothing yet
-
-        def fit(tensor: Tensor) -> Tensor:
-            return F.pad(tensor[..., max(0, have - old) :], grow)
-
-        return replace(self.of_batch(fit), seen=self.seen + new)
+        first = F.pad(self.first, (0, have - self.first.shape[-1]))
+        kept = (self.received, self.rows, first, self.sinks)
+        received, rows, first, sinks = (F.pad(tensor[..., max(0, have - old) :], grow) for tensor in kept)
+        return SinkState(self.seen + new, received, rows, first, sinks, sinks)
 
 
 def running_attention(
@@ -79,35 +78,48 @@ def running_attention(
     visible = Visibility() if visible is None else visible
     scale = query.shape[3] ** -0.5 if scale is None else scale
     (B, _, Nq, _), Nk, device = query.shape, key.shape[2], query.device
-    frozen = config.decode == "frozen" and state.seen > 0
+    counting = not (config.decode == "frozen" and state.seen > 0)
+    if counting and Nq == 1 and visible.plain and state.received.shape[-1] == Nk - 1 > 0:
+        return _next_token(query, key, value, state, config, scale, softcap)
     state = state.extended(Nq, Nk)
-    state = replace(state, flagged=state.sinks if frozen else torch.zeros_like(state.sinks))
-    if not frozen:
-        new = first_keys(visible, Nq, Nk, device)[:, None].expand(B, 1, Nk)
-        state = replace(state, first=state.first | new)
-    real = real_rows(visible, Nq, Nk, device)[:, None]
-    length = visible.counts(Nq, Nk, device)[:, None, :, None]
     outs = []
+    if counting:
+        new = first_keys(visible, Nq, Nk, device)[:, None].expand(B, 1, Nk)
+        state = replace(state, first=state.first | new, flagged=torch.zeros_like(state.sinks))
+    real = real_rows(visible, Nq, Nk, device)[:, None]
+    threshold = config.threshold(visible.counts(Nq, Nk, device))[:, None, :, None]
     for rows, attention, mask in attention_rows(query, key, visible, scale=scale, softcap=softcap):
-        if not frozen:
-            sinks, state = _count(state, attention.detach(), mask, real[..., rows], length[:, :, rows], config)
-        else:
-            sinks = state.sinks[:, :, None, : attention.shape[-1]]
-        calibrated = _scale_sinks(attention, sinks, config.beta)
-        outs.append((calibrated @ value[:, :, : attention.shape[-1]].to(attention.dtype)).to(value.dtype))
+        keys = attention.shape[-1]
+        sinks = state.sinks[:, :, None, :keys]
+        if counting:
+            sinks, state = _count(state, attention.detach(), mask, real[..., rows, None], threshold[:, :, rows], config)
+        outs.append(
+            (_scale_sinks(attention, sinks, config.beta) @ value[:, :, :keys].to(attention.dtype)).to(value.dtype)
+        )
     return torch.cat(outs, 2) if outs else query.new_zeros(*query.shape[:3], value.shape[3]), state
 
 
+def _next_token(
+    query: Tensor, key: Tensor, value: Tensor, state: SinkState, config: ACTConfig, scale: float, softcap: float | None
+) -> tuple[Tensor, SinkState]:
+    """`running_attention` of one row that sees all keys and begins no text: what generation does, in half the steps."""
+    ((_, attention, _),) = attention_rows(query, key, Visibility(), scale=scale, softcap=softcap)
+    received = F.pad(state.received, (0, 1)) + attention.detach()[:, :, 0]
+    rows = F.pad(state.rows, (0, 1)) + 1
+    sinks = flag_sinks(received, rows, config.threshold_at(key.shape[2]), state.first, config)
+    out = _scale_sinks(attention, sinks[:, :, None], config.beta) @ value.to(attention.dtype)
+    return out.to(value.dtype), SinkState(state.seen + 1, received, rows, state.first, sinks, sinks)
+
+
 def _count(
-    state: SinkState, attention: Tensor, mask: Tensor | None, real: Tensor, length: Tensor, config: ACTConfig
+    state: SinkState, attention: Tensor, mask: Tensor | None, real: Tensor, threshold: Tensor, config: ACTConfig
 ) -> tuple[Tensor, SinkState]:
     """The sinks of each row of a run, and the state after it."""
     keys = attention.shape[-1]
-    real = real[..., None]
     counted = real.expand(*real.shape[:-1], keys) if mask is None else mask & real
     received = state.received[:, :, None, :keys] + (attention * real).cumsum(2)
     rows = state.rows[:, :, None, :keys] + counted.cumsum(2)
-    sinks = flag_sinks(received, rows, length, state.first[:, :, None, :keys], config)
+    sinks = flag_sinks(received, rows, threshold, state.first[:, :, None, :keys], config)
     if mask is not None:
         sinks = sinks & mask
     after = [
@@ -119,9 +131,8 @@ def _count(
 
 
 def _scale_sinks(attention: Tensor, sinks: Tensor, beta: float) -> Tensor:
-    """As `reference.calibrate_map`; mass on others that underflows counts as none."""
-    elsewhere = attention.masked_fill(sinks, 0).sum(-1, keepdim=True)
-    on_sinks = attention.sum(-1, keepdim=True) - elsewhere
-    alone = elsewhere <= torch.finfo(attention.dtype).tiny
-    raised = 1 + (1 - beta) * on_sinks / elsewhere.masked_fill(alone, 1)
-    return torch.where(alone, attention, attention * torch.where(sinks, beta, raised))
+    """As `reference.calibrate_map`: beta P, and elsewhere (1 - beta) / (1 - M) P more; mass that underflows is none."""
+    others = attention.masked_fill(sinks, 0)
+    mass, tiny = others.sum(-1, keepdim=True), torch.finfo(attention.dtype).tiny
+    calibrated = torch.addcmul(attention * beta, others, (1 - beta) / mass.clamp(min=tiny))
+    return torch.where(mass > tiny, calibrated, attention)
