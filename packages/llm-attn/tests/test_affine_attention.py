@@ -225,6 +225,30 @@ def test_autocast_leaves_the_sums_alone(case):
     assert lse.dtype == torch.float32
 
 
+def test_one_graph():
+    """A compiled graph cannot look at the mask, and multiplies with it."""
+    compiled = torch.compile(affine_attention, backend="aot_eager", fullgraph=True)
+    for case in ("window and padding", "packed"):
+        given, _, sizes = CASES[case]
+        inputs = made(**sizes)
+        assert (compiled(*inputs, **given) - affine_attention(*inputs, **given)).abs().max() < 1e-12
+    scale, x = scaled(AffineConfig(ema_init=0.4)).train(), states()
+    seen = {"window": None, "key_mask": None, "mask": None}
+    query, key, value, _, _ = made()
+
+    def step(module):
+        sees = sight(key, N, causal=True, **seen)
+        return module(sees.attend(query, key, value, scale=None, dropout=0.0), query, key, value, x, sees)
+
+    start = scale.alpha_ma.clone()
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(scale)
+    mean = scale.alpha_ma.clone()
+    scale.alpha_ma.copy_(start)
+    assert (found - step(scale)).abs().max() < 1e-12
+    assert torch.equal(scale.alpha_ma, mean)
+    assert (mean != start).all()
+
+
 @pytest.mark.parametrize("keys", [0, 1])
 def test_short_texts(keys):
     query, key, value, alpha, alpha_ma = made(queries=keys, keys=keys)
