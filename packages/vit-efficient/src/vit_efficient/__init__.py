@@ -19,6 +19,9 @@ from vit_efficient.baselines import (
     apply_tome,
 )
 from vit_efficient.door import Handle, load_method, save_method
+from vit_efficient.halonet import HaloAttentionConfig, HaloNet, HaloNetConfig, apply_halo_attention
+from vit_efficient.l2vit import L2ViT
+from vit_efficient.sparsifiner import SparsifinerConfig, apply_sparsifiner, reconstruction_loss, set_phase
 from vit_efficient.token_maps import draw_token_maps, kept_patches
 from vit_efficient.token_reduction import token_counts
 
@@ -28,18 +31,27 @@ __all__ = [
     "DynamicViTConfig",
     "EViTConfig",
     "FixedTokensConfig",
+    "HaloAttentionConfig",
+    "HaloNet",
+    "HaloNetConfig",
     "Handle",
+    "L2ViT",
+    "SparsifinerConfig",
     "ToMeConfig",
     "apply_adaptive_sparsity",
     "apply_dynamicvit",
     "apply_evit",
     "apply_fixed_tokens",
+    "apply_halo_attention",
+    "apply_sparsifiner",
     "apply_tome",
     "draw_token_maps",
     "kept_patches",
     "load_method",
     "masked_forward",
     "model_macs",
+    "reconstruction_loss",
     "save_method",
+    "set_phase",
     "token_counts",
 ]
