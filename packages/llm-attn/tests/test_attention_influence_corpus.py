@@ -1,14 +1,17 @@
 """Corpus jobs: what is read, what is written, and that neither the engine nor a death changes it."""
 
 import gzip
+import importlib.util
 import json
 import os
 import pickle
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -458,3 +461,31 @@ def test_picture_of_heads(tmp_path):
     framed = imread(draw_heads(scores, tmp_path / "framed.png", heads=scores.top(0.5)))
     assert plain.shape == framed.shape
     assert 0 < (plain != framed).any(-1).mean() < 0.1
+
+
+# ---- the proof
+
+
+def test_proof_runs_and_goes_on(model, tmp_path):
+    """On a tiny model; a second run finds everything done."""
+    path = Path(__file__).resolve().parents[1] / "proofs" / "attention_influence.py"
+    spec = importlib.util.spec_from_file_location("proof_of_attention_influence", path)
+    proof = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = proof  # where its dataclasses look for their annotations
+    spec.loader.exec_module(proof)
+    proof.main(tmp_path, seed=0, quick=True, model=model)
+    result = json.loads((tmp_path / "attention_influence.json").read_text())
+    assert set(result["masking"]["texts"]) == {"needles", "sums in words", "documents"}
+    assert sum(result["selection"]["pool"].values()) == pytest.approx(1)
+    for shares in result["selection"]["shares"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+    text = (tmp_path / "attention_influence.md").read_text()
+    assert "| retrieval heads: masked |" in text
+    assert "| influence |" in text
+    for name in ("attention_influence.png", "attention_influence_heads.png"):
+        assert imread(tmp_path / name).std() > 0.05
+    parts = list((tmp_path / "attention_influence_work_quick" / "scored" / "parts").iterdir())
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    proof.main(tmp_path, seed=0, quick=True, model=model)
+    assert {part: part.stat().st_mtime_ns for part in parts} == before
+    assert (tmp_path / "attention_influence.md").read_text() == text
