@@ -11,6 +11,7 @@ from vit_efficient.adaptive_sparsity import (
     AdaptiveSparsityLoss,
     apply_adaptive_sparsity,
     at_least,
+    fit_thresholds,
     masked_forward,
     model_macs,
     straight_through,
@@ -184,6 +185,27 @@ def test_budget_is_learned_by_the_thresholds_alone():
     assert (model_macs(model, counts).mean() / full).item() == pytest.approx(0.65, abs=0.04)
 
 
+@pytest.mark.parametrize("target", [0.8, 0.6])
+def test_thresholds_without_training_meet_the_budget(target):
+    model, x = pruned(), images(8)
+    cost = fit_thresholds(model, x, target)
+    counts = token_counts(model, x)
+    full = model_macs(model, torch.full((1, 4), 36))
+    assert cost == pytest.approx(target, abs=0.006)
+    assert (model_macs(model, counts).mean() / full).item() == pytest.approx(target, abs=0.01)
+    assert len(counts[:, -1].unique()) > 1, "images keep different numbers"
+    with pytest.raises(ValueError, match="no thresholds bring the cost"):
+        fit_thresholds(model, x, 0.05)
+
+
+def test_loss_in_gflops_is_the_relative_one_times_the_dense_cost():
+    model, labels = pruned(), torch.arange(4)
+    masked = masked_forward(model, images(4))
+    relative = AdaptiveSparsityLoss(model, 0.5)(masked, labels).budget
+    full = model_macs(model, torch.full((1, 4), 36)).item() / 1e9
+    torch.testing.assert_close(AdaptiveSparsityLoss(model, 0.5, unit="gflops")(masked, labels).budget, relative * full)
+
+
 def test_an_object_on_a_flat_field_keeps_other_tokens_than_noise():
     model = pruned()
     flat = torch.zeros(3, 48, 48)
@@ -266,7 +288,7 @@ def test_models_it_is_not_right_on_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             apply_adaptive_sparsity(tiny_vit(**changes))
-    with pytest.raises(TypeError, match="adaptive sparsity at work, got Linear"):
+    with pytest.raises(TypeError, match="adaptive sparsity at work is needed, got Linear"):
         masked_forward(nn.Linear(2, 2), images(1))
     with pytest.raises(ValueError, match="target must be a share"):
         AdaptiveSparsityLoss(tiny_vit(), 1.2)

@@ -5,6 +5,7 @@ from vit_efficient.adaptive_sparsity import (
     AdaptiveSparsityConfig,
     AdaptiveSparsityLoss,
     apply_adaptive_sparsity,
+    fit_thresholds,
     masked_forward,
     model_macs,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "apply_sparsifiner",
     "apply_tome",
     "draw_token_maps",
+    "fit_thresholds",
     "kept_patches",
     "load_method",
     "masked_forward",

@@ -13,7 +13,9 @@ Decided here, where paper and published code differ or are silent:
 - scores go with one over the number of patches, so thresholds, stated for 196, are scaled to the number at hand.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -146,8 +148,12 @@ def masked_forward(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Masked
 
     Its logits are those of the pruned pass on the same image. TypeError on a model without AS-ViT.
     """
+    return _masked_pass(model, images, _decide)
+
+
+def _masked_pass(model: Any, images: Tensor, decide: Callable[..., Tensor]) -> Masked:
     if not isinstance(model, ReducedViT) or not isinstance(model.token_reducer, AdaptiveReducer):
-        raise TypeError(f"masked_forward needs a model with adaptive sparsity at work, got {type(model).__name__}")
+        raise TypeError(f"a model with adaptive sparsity at work is needed, got {type(model).__name__}")
     reducer, P = model.token_reducer, model.num_prefix_tokens
     x = embed(model, images)
     keeps: list[Tensor] = []
@@ -156,7 +162,7 @@ def masked_forward(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Masked
     saving = model.grad_checkpointing and torch.is_grad_enabled()
     for index, block in enumerate(model.blocks):
         if index in reducer.locations and score is not None:
-            keeps.append(_decide(reducer, len(keeps), score, keeps))
+            keeps.append(decide(reducer, len(keeps), score, keeps))
             policy = torch.cat([torch.ones_like(policy[:, :P]), keeps[-1]], 1)
         arguments = (block, x, policy, P, index + 1 in reducer.locations)
         x, seen = checkpoint(masked_block, *arguments) if saving else masked_block(*arguments)
@@ -209,6 +215,39 @@ class LossParts:
     ratio: Float[Tensor, ""]
 
 
+@torch.no_grad()
+def fit_thresholds(model: Any, images: Float[Tensor, "B c h w"], target: float, *, tolerance: float = 0.005) -> float:
+    """Sets the thresholds, without training, so that these images cost `target` of the dense model; returns the cost.
+
+    Every location keeps the same share of what reaches it, found by bisection; each image still keeps its own number.
+    A start for training, and what a model without training can have. ValueError where the target cannot be reached.
+    """
+    low, high, cost = 0.0, 1.0, 1.0
+    for _ in range(20):
+        share = (low + high) / 2
+        masked = _masked_pass(model, images, partial(_keep_share, share))
+        cost = _cost_ratio(model, masked).mean().item()
+        if abs(cost - target) <= tolerance:
+            return cost
+        low, high = (share, high) if cost < target else (low, share)
+    raise ValueError(
+        f"no thresholds bring the cost to {target}: it is {cost:.3f} at best, where each image keeps little"
+    )
+
+
+def _keep_share(share: float, reducer: AdaptiveReducer, stage: int, score: Tensor, before: list[Tensor]) -> Tensor:
+    present = before[-1] > 0.5 if before else torch.ones_like(score, dtype=torch.bool)
+    threshold = score[present].quantile(1 - share)
+    reducer.thresholds[stage] = threshold * score.shape[1] / STATED_PATCHES
+    return _decide(reducer, stage, score, before)
+
+
+def _cost_ratio(model: Any, masked: Masked) -> Float[Tensor, "B"]:
+    patches = masked.features.shape[1] - model.num_prefix_tokens
+    full = model_macs(model, torch.full((1, len(model.blocks)), patches, device=masked.features.device))
+    return model_macs(model, patch_counts(model, masked.keeps, masked.features)) / full
+
+
 class AdaptiveSparsityLoss(nn.Module):
     """Cross-entropy + 2 x budget + 0.5 x distillation from the dense model (paper, equation 10).
 
@@ -242,11 +281,11 @@ class AdaptiveSparsityLoss(nn.Module):
     ) -> LossParts:
         """labels: classes, or their probabilities after mixup. teacher_logits: of the dense model on the images."""
         model = self._model[0]
-        costs = model_macs(model, patch_counts(model, masked.keeps, masked.features))
-        patches = masked.features.shape[1] - model.num_prefix_tokens
-        full = model_macs(model, torch.full((1, len(model.blocks)), patches, device=costs.device))[0]
-        ratio = costs.mean() / full
-        budget = (ratio - self.target).abs() * (full / 1e9 if self.unit == "gflops" else 1)
+        ratio = _cost_ratio(model, masked).mean()
+        budget = (ratio - self.target).abs()
+        if self.unit == "gflops":
+            patches = masked.features.shape[1] - model.num_prefix_tokens
+            budget = budget * model_macs(model, torch.full((1, len(model.blocks)), patches))[0].item() / 1e9
         task = nn.functional.cross_entropy(masked.logits, labels)
         distillation = torch.zeros_like(task)
         if teacher_logits is not None:
