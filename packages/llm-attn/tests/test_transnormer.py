@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -514,3 +517,33 @@ def test_model_refuses(call, error, message):
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+SPLIT = """
+import sys, torch
+from transformers.distributed import DistributedConfig
+from llm_attn import TransNormerForCausalLM
+plain = TransNormerForCausalLM.from_pretrained(sys.argv[1])
+split = TransNormerForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto"))
+ids = torch.arange(3, 21).view(2, 9)
+part, whole = (model.model.layers[0].channel_mixer.l3.weight for model in (split, plain))
+with torch.no_grad():
+    difference = (split(ids).logits - plain(ids).logits).abs().max() / plain(ids).logits.abs().max()
+print("part", *getattr(part, "to_local", lambda: part)().shape, "of", *whole.shape)
+print("difference", difference.item())
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_gated_linear_units(tmp_path):
+    """One all-reduce each; gloo, on this machine."""
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "split.py").write_text(SPLIT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "split.py"), str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.count("part 32 20 of 32 40") == 2
+    differences = [float(found) for found in re.findall(r"difference (\S+)", said)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
