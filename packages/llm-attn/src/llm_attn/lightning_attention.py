@@ -131,7 +131,8 @@ def lightning_attention(
 
 class _Chunks(torch.autograd.Function):
     # The op's own backward pass reads what it saved twice, which gradient checkpointing forbids, and on CPUs it cannot
-    # run inside autocast. With both mended in shared_kernels, lightning_attention is linear_attention(causal=True).
+    # run inside autocast. With both mended in shared_kernels, lightning_attention is linear_attention(causal=True);
+    # until then it has no gradient under backend("reference").
 
     @staticmethod
     def forward(ctx, query, key, value, log_decay, state, cu_seqlens, scale):  # type: ignore[no-untyped-def]
