@@ -1,7 +1,11 @@
 """DHSA against its definition, written out here with loops and masks; predictor, labels and training; the door."""
 
+import importlib.util
+import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -443,6 +447,35 @@ def test_predictor_judges_every_window_by_itself(encoder, pooling):
         torch.testing.assert_close(predictor(key), wanted, atol=1e-10, rtol=0)
 
 
+PUBLISHED = {
+    "attention": [0.601182, 0.600536, 0.585248, 0.58023, 0.619136, 0.626098, 0.624219, 0.62493, 0.620649],
+    "conv": [0.00673, 0.062509, 0.108951, 0.068493, 0.040889, 0.168915, 0.06275, 0.260268, 0.304418],
+    "stack": [-0.192364, -0.210299, -0.174293, -0.194545, -0.13941, -0.085379, -0.102357, -0.077371, -0.058138],
+}
+"""Logits that the authors' predictors give, with the weights and keys below."""
+
+
+@pytest.mark.parametrize("encoder", PUBLISHED)
+def test_predictor_is_the_published_one(encoder):
+    predictor = BoundaryPredictor(PredictorConfig(channels=12, hidden=8, encoder=encoder)).double().eval()
+    for n, parameter in enumerate(predictor.parameters()):
+        i = torch.arange(parameter.numel(), dtype=torch.float64)
+        parameter.data = torch.sin(0.37 * i * (n + 1) + n).view(parameter.shape) / 2
+    i = torch.arange(2 * 9 * 6, dtype=torch.float64)
+    key = torch.cos(1.3 * i + 0.01 * i**2).view(1, 2, 9, 6)
+    torch.testing.assert_close(predictor(key)[0], torch.tensor(PUBLISHED[encoder]).double(), atol=1e-6, rtol=0)
+
+
+def test_boundaries_are_the_published_ones():
+    """What the authors' code makes of the same logits."""
+    i = torch.arange(160, dtype=torch.float64)
+    logits = 3 * torch.sin(0.7 * i * i)[None]
+    few = [0, 20, 31, 41, 53, 63, 88, 98, 119, 152, 160]
+    with_tail = [0, 11, 20, 31, 41, 53, 63, 75, 88, 98, 119, 129, 141, 160]
+    assert boundaries_from_logits(logits, max_count=9)[0].tolist() == few
+    assert boundaries_from_logits(logits, max_count=30, instruction_tokens=20)[0].tolist() == with_tail
+
+
 def test_predictor_has_the_size_of_the_papers():
     assert sum(p.numel() for p in BoundaryPredictor(PredictorConfig(channels=1024)).parameters()) == 5_249_793
 
@@ -727,7 +760,7 @@ def test_state_follows_the_cache():
         ends = (seen[0].boundaries[:, 1:] - 1)[..., None]
         key = cache.layers[0].keys[:, 0]
         memory = model.model.layers[0].self_attn.llm_attn_dhsa_memory
-        held = memory.chunks[None, 0].ends
+        held = memory.chunks[None, 0, False].ends
         assert torch.equal(held, key.gather(1, ends.expand(-1, -1, key.shape[2])))
         assert out.isfinite().all()
 
@@ -763,6 +796,25 @@ def test_windows_and_capped_scores(family):
     for (_, _, i), keys in first.items():
         stop = min(8 * (i + 1), 85)
         assert min(keys) == max(0, stop - 40)  # the first keys of the window are always read
+
+
+@pytest.mark.parametrize("boundary", ["keyshift", "punctuation"])
+def test_sliding_layers_decode_from_a_cache_of_their_window(boundary):
+    """Their cache holds the latest keys alone, that of the other layers holds all: both read what they should."""
+    model, ids, seen = tiny_model("gemma3_text", sliding_window=40), tokens(2, 70), []
+    config = replace(SMALL, boundary=boundary, punctuation_ids=(5, 6, 7))
+    with torch.no_grad(), apply_dhsa(model, config, on_selection=seen.append):
+        out = model(ids[:, :50], use_cache=True)
+        for i in range(50, 70):
+            seen.clear()
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            assert out.logits.isfinite().all()
+            assert [s.num_keys for s in seen] == [40, i + 1]
+            for s in seen:
+                assert int(s.boundaries.max()) <= s.num_keys
+                for keys in as_sets(s.lists).values():
+                    assert len(keys) == 24
+                    assert keys >= set(range(s.num_keys - 8, s.num_keys)) | set(range(4))
 
 
 def test_documents_in_a_packed_row():
@@ -809,3 +861,31 @@ def test_short_texts_and_none():
     torch.testing.assert_close(dhsa_attention(query, key, value, whole, SMALL), value.repeat_interleave(2, 1))
     none = [t[:, :, :0] for t in (query, key, value)]
     assert dhsa_attention(*none, torch.zeros(2, 2, dtype=torch.long), SMALL).shape == (2, 6, 0, 5)
+
+
+def test_the_proof_runs(tmp_path):
+    script = Path(__file__).parents[1] / "proofs" / "dhsa.py"
+    spec = importlib.util.spec_from_file_location("dhsa_proof", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dhsa_proof"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    module.main(out=tmp_path, quick=True)
+    before = (tmp_path / "dhsa.json").read_text()
+    units = {file: file.stat().st_mtime_ns for file in tmp_path.glob("dhsa_units_quick/*.json")}
+    module.main(out=tmp_path, quick=True)  # nothing is left to do
+    assert (tmp_path / "dhsa.json").read_text() == before
+    assert {file: file.stat().st_mtime_ns for file in units} == units
+    rows = json.loads((tmp_path / "dhsa.json").read_text())["rows"]
+    assert {r["way"] for r in rows} == {
+        "dense",
+        "dhsa, predictor",
+        "dhsa, keyshift",
+        "dhsa, punctuation",
+        "dhsa, uniform",
+        "topk",
+        "a_shape",
+        "window",
+    }
+    losses = {(r["way"], r["share"]): r["mean"] for r in rows if r["task"] == "loss"}
+    assert len(set(losses.values())) > len(losses) / 2
+    assert (tmp_path / "dhsa.png").stat().st_size > 10_000

@@ -40,6 +40,8 @@ from llm_attn.transformers.visibility import Visibility, dense_attention
 
 NAME = "dhsa"
 _MEMORY = "llm_attn_dhsa_memory"
+MOST_IDS = 1 << 20
+"""Token ids that are remembered where boundaries need them."""
 DEFAULT = DHSAConfig(boundary="keyshift")
 """Settings where DHSA is chosen by its name alone."""
 
@@ -90,9 +92,12 @@ class Memory:
     on_selection: Callable[[Selection], None] | None = None
     ids: Tensor | None = None
     """The latest token ids, where boundaries need them."""
-    chunks: dict[tuple[int | None, int], _Chunks] = field(default_factory=dict)
+    chunks: dict[tuple[int | None, int, bool], _Chunks] = field(default_factory=dict)
+    """By layer (None: all), part of the batch, and whether the layer slides, since its cache may hold the latest keys
+    alone."""
     vectors: dict[tuple[int, int], tuple[_Chunks, Tensor]] = field(default_factory=dict)
-    shared_chunks: dict[int, _Chunks] = field(default_factory=dict)
+    shared_chunks: dict[tuple[int, int], _Chunks] = field(default_factory=dict)
+    """Of this forward pass, by part and number of keys."""
     shared_lists: dict[tuple[int | None, int], KeyLists] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -102,7 +107,7 @@ class Memory:
     def read_ids(self, ids: Int[Tensor, "B Nq"]) -> None:
         """The tokens of a forward pass, behind those before."""
         before = self.ids if self.ids is not None and self.ids.shape[0] == ids.shape[0] else ids[:, :0]
-        self.ids = torch.cat([before, ids], 1)
+        self.ids = torch.cat([before, ids], 1)[:, -MOST_IDS:]
 
     def attend(
         self,
@@ -140,22 +145,23 @@ class Memory:
         return out
 
     def _chunks(self, layer: nn.Module, part: Part, key: Tensor, num_queries: int) -> _Chunks:
-        shared, number = self.follows and self.config.share_boundaries and not layer.training, part.number
-        if shared and number in self.shared_chunks:
-            return self.shared_chunks[number]
-        owner = None if shared else _index(layer)
-        known, Nk = self.chunks.get((owner, number)), key.shape[2]
+        shared, Nk = self.follows and self.config.share_boundaries and not layer.training, key.shape[2]
+        if shared and (part.number, Nk) in self.shared_chunks:
+            return self.shared_chunks[part.number, Nk]
+        slides = getattr(layer, "sliding_window", None) is not None
+        place = (None if shared else _index(layer), part.number, slides)
         start = num_queries == Nk
-        if start and number == 0:
-            self.chunks = {k: v for k, v in self.chunks.items() if k[0] != owner}
+        if start and part.number == 0:
+            self.chunks = {k: v for k, v in self.chunks.items() if (k[0], k[2]) != (place[0], slides)}
+        known = self.chunks.get(place)
         if start or known is None or not known.fit(key):
             # a cache that was never seen, or is no longer the same: all that is there was a prompt
             known = self._cut(None, part, key, Nk - (num_queries == 1))
         if (num_queries > 1 and known.covered < Nk) or Nk - known.covered > self.config.generated_chunk:
             known = self._cut(known, part, key, Nk)
-        self.chunks[owner, number] = known
+        self.chunks[place] = known
         if shared:
-            self.shared_chunks[number] = known
+            self.shared_chunks[part.number, Nk] = known
         return known
 
     def _cut(self, known: _Chunks | None, part: Part, key: Tensor, upto: int) -> _Chunks:
@@ -189,8 +195,7 @@ class Memory:
             raise ValueError(
                 "boundary='punctuation' needs the input_ids of the whole text; the model was not given them"
             )
-        self.ids = self.ids[:, -part.num_keys :]
-        return self.ids[part.rows][:, part.keys]
+        return self.ids[part.rows, -part.num_keys :][:, part.keys]
 
     def _vectors(self, index: int, part: Part, key: Tensor, chunks: _Chunks) -> Tensor:
         known = self.vectors.get((index, part.number))
