@@ -1,4 +1,4 @@
-"""Softplus attention against its formulas on the whole map; the price is what each allocates at most, SDPA beside it."""
+"""Softplus attention against its formulas on the whole map; the price is what each allocates at most."""
 
 import math
 

@@ -514,33 +514,39 @@ def test_refused_settings(changes, message):
 # ---- the layer for vision transformers
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "qk_norm": True, "norm_layer": nn.LayerNorm}])
-def test_layer_takes_the_place_of_timms(options):
-    timm = pytest.importorskip("timm.layers", reason="timm is no dependency of llm-attn")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_layer_takes_the_place_of_timms(qk_norm):
+    timm = pytest.importorskip("timm.models.vision_transformer", reason="timm is no dependency of llm-attn")
     torch.manual_seed(0)
-    theirs = timm.Attention(24, num_heads=4, **options).eval()
-    ours = AffineScaledAttention(24, num_heads=4, **options, config=AffineConfig(init="identity")).eval()
-    found = ours.load_state_dict(theirs.state_dict(), strict=False)
-    assert (sorted(found.missing_keys), found.unexpected_keys) == (["affine.alpha_ma", "affine.alpha_proj.weight"], [])
-    x = torch.randn(2, 13, 24)
-    torch.testing.assert_close(ours(x), theirs(x))
+    model = timm.VisionTransformer(
+        img_size=24, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=5, qk_norm=qk_norm
+    ).eval()
+    picture = torch.randn(2, 3, 24, 24)
+    before = model(picture)
+    for block in model.blocks:
+        ours = AffineScaledAttention(
+            24, 4, True, qk_norm, norm_layer=type(block.norm1), config=AffineConfig(init="identity")
+        ).eval()
+        found = ours.load_state_dict(block.attn.state_dict(), strict=False)
+        assert sorted(found.missing_keys) == ["affine.alpha_ma", "affine.alpha_proj.weight"]
+        assert not found.unexpected_keys
+        block.attn = ours
+    torch.testing.assert_close(model(picture), before)
     with torch.no_grad():
         ours.affine.alpha_proj.weight.normal_()
-    assert (ours(x) - theirs(x)).abs().max() > 1e-3
+    assert (model(picture) - before).abs().max() > 1e-3
 
 
 def test_layer_sees_what_it_is_told():
     torch.manual_seed(0)
-    layer = AffineScaledAttention(24, num_heads=4, causal=True, config=AffineConfig(ema_init=0.3)).eval()
+    layer = AffineScaledAttention(24, num_heads=4, config=AffineConfig(ema_init=0.3)).eval()
     x = torch.randn(2, 13, 24)
     changed = x.clone()
     changed[:, 8:] += 1
-    assert torch.equal(layer(x)[:, :8], layer(changed)[:, :8])
-    both = AffineScaledAttention(24, num_heads=4, config=AffineConfig(ema_init=0.3)).eval()
-    both.load_state_dict(layer.state_dict())
-    masked = both(x, attn_mask=torch.ones(13, 13, dtype=torch.bool).tril()[None, None])
-    torch.testing.assert_close(masked, layer(x))
-    assert (both(x) - layer(x)).abs().max() > 1e-3
+    causally = layer(x, is_causal=True)
+    assert torch.equal(causally[:, :8], layer(changed, is_causal=True)[:, :8])
+    torch.testing.assert_close(layer(x, attn_mask=torch.ones(13, 13, dtype=torch.bool).tril()[None, None]), causally)
+    assert (layer(x) - causally).abs().max() > 1e-3
     with pytest.raises(ValueError, match="dim must be a multiple of num_heads = 5, got 24"):
         AffineScaledAttention(24, num_heads=5)
 

@@ -239,7 +239,12 @@ def test_chunks_of_rows_are_the_whole(monkeypatch):
     q, k, v = random_qkv()
     wanted = softplus_attention(q, k, v, mask=seen_mask())
     monkeypatch.setattr(MODULE, "CHUNK", 5 * B * H * NK)
+    monkeypatch.setattr(MODULE, "FEWEST_ROWS", 1)
+    parts = []
+    some_rows = MODULE._some_rows
+    monkeypatch.setattr(MODULE, "_some_rows", lambda *given: parts.append(given[0].shape[2]) or some_rows(*given))
     assert (softplus_attention(q, k, v, mask=seen_mask()) - wanted).abs().max() < 1e-14
+    assert parts == [5, 5, 5, 4]
 
 
 def test_dropout_is_unbiased_and_follows_the_seed():
@@ -266,6 +271,17 @@ def test_peak_memory_is_linear(power):
     q, k, v = (torch.randn(1, heads, length, 32) for _ in range(3))
     peak = allocated_peak(lambda: softplus_attention(q, k, v, power=power))
     assert peak < 0.1 * heads * length * length * 4
+
+
+def test_peak_memory_with_a_mask_is_linear(monkeypatch):
+    monkeypatch.setattr(MODULE, "CHUNK", 1)
+    peaks = []
+    for length in (512, 1024):
+        q, k, v = (torch.randn(1, 1, length, 32) for _ in range(3))
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril_()
+        peaks.append(allocated_peak(lambda q=q, k=k, v=v, mask=mask: softplus_attention(q, k, v, mask=mask)))
+    assert peaks[1] < 2.2 * peaks[0]
+    assert peaks[1] < 1024 * 1024 * 4
 
 
 def allocated_peak(function):

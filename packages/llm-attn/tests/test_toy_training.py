@@ -116,3 +116,16 @@ def test_unknown_method(toy, tmp_path, capsys):
     with pytest.raises(toy.typer.Exit):
         toy.main("relu", out=tmp_path)
     assert "no method is called 'relu'. There are: softplus" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow  # two trainings of two to three minutes
+def test_softplus_attention_holds_past_its_training_length_where_softmax_does_not(toy):
+    recipe = replace(toy.Recipe(), lengths=(32, 128))
+    accuracy = {}
+    for variant in ("softmax", "lssar_15"):
+        run = toy.train(variant, "repeated permutation", 0, recipe, lambda: None)
+        accuracy[variant] = {length: seen["accuracy"] for length, seen in run["lengths"].items()}
+    print(accuracy)
+    assert min(found["32"] for found in accuracy.values()) >= 0.95
+    assert accuracy["lssar_15"]["128"] >= 0.85
+    assert accuracy["lssar_15"]["128"] >= accuracy["softmax"]["128"] + 0.1

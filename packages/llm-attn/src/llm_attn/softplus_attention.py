@@ -45,8 +45,8 @@ from shared_kernels import l1_attention
 Mode = Literal["softplus", "softmax_logn"]
 
 NAME = "softplus"
-CHUNK = 1 << 20
-"""Weights of explicitly masked attention that exist at a time, heads times rows times keys."""
+CHUNK, FEWEST_ROWS = 1 << 18, 16
+"""Weights of explicitly masked attention that exist at a time (batch, heads, rows, keys), of so many rows at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def _masked_attention(
     # a key that no row sees has no influence, not even one that is NaN
     unseen = ~mask.any(2)[..., None]
     key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
-    rows = max(1, CHUNK // max(1, B * H * Nk))
+    rows = max(FEWEST_ROWS, CHUNK // max(1, B * H * Nk))
     chunks = zip(query.split(rows, 2), mask.split(rows, 2), strict=True)
     return torch.cat(
         [checkpoint(_some_rows, q, key, value, m, power, dropout, use_reentrant=False) for q, m in chunks], 2

@@ -46,7 +46,7 @@ def received_samples(make: Make, size: str) -> dict[str, Sample]:
         }
     if size == "medium":
         return {
-            "several tiles": _pair(make, 1, 2, 1, 700, 1500, 24) | {"causal": True, "window": 900},
+            "several tiles": _pair(make, 1, 2, 1, 400, 1500, 24) | {"causal": True, "window": 900},
             "several heads in a tile": _pair(make, 3, 6, 3, 61, 409, 20),
         }
     if size == "real":
@@ -89,7 +89,7 @@ def given_samples(make: Make, size: str) -> dict[str, Sample]:
         }
     if size == "medium":
         return {
-            "several tiles": _pair(make, 1, 2, 1, 700, 1500, 24) | {"causal": True, "window": 900, "reduce": "entropy"},
+            "several tiles": _pair(make, 1, 2, 1, 400, 1500, 24) | {"causal": True, "window": 900, "reduce": "entropy"},
             "several heads in a tile": _pair(make, 3, 6, 3, 61, 409, 20) | labels(3, 409, 5),
         }
     if size == "real":
@@ -118,7 +118,7 @@ def argmax_samples(make: Make, size: str) -> dict[str, Sample]:
         return {}
     if size == "medium":
         return {
-            "several tiles": _pair(make, 1, 2, 1, 700, 1500, 24) | {"causal": True, "window": 900},
+            "several tiles": _pair(make, 1, 2, 1, 400, 1500, 24) | {"causal": True, "window": 900},
             "several heads in a tile": _pair(make, 3, 6, 3, 61, 409, 20),
         }
     if size == "real":

@@ -43,9 +43,9 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
     if size == "medium":
         return {
             "several tiles": {
-                "sources": _sources(make, 3, 1_100, 1_030),
+                "sources": _sources(make, 3, 600, 1_030),
                 "query": make.normal(1_030, wide=True, scale=0.03),
-                "state": _state(make, 1_100, 1_030),
+                "state": _state(make, 600, 1_030),
                 "eps": 1e-6,
             }
         }

@@ -49,7 +49,7 @@ def samples(make: Make, size: str) -> dict[str, Sample]:
         }
     if size == "medium":
         return {
-            "several tiles": _qkv(make, 1, 2, 1, 700, 1500, 24, 20) | {"power": 15.0, "causal": True},
+            "several tiles": _qkv(make, 1, 2, 1, 400, 1500, 24, 20) | {"power": 15.0, "causal": True},
             "several heads in a tile": _qkv(make, 3, 6, 3, 61, 409, 20, 24) | {"power": 3.0},
         }
     if size == "real":

@@ -14,7 +14,8 @@ Decided here:
   decay with exponents >= 0 are formed, so neither long sequences nor strong decay overflow.
 - Sums over sets of key blocks are one matrix product of the 0/1 mask with all blocks' states. It costs the same however
   many blocks are in the set, so there is no form that subtracts from the total, and no digits are lost that way. What
-  the mask excludes must be finite all the same, like a value within 64 tokens after a causal query: 0 times NaN is NaN.
+  the mask excludes must be finite all the same, like a value within 64 tokens after a causal query: 0 times NaN is NaN,
+  and as the next row may see what one must not, it cannot be masked where it is loaded.
 - Saved for the backward pass are the inputs, and for the normalised form the output and the divisor.
 """
 

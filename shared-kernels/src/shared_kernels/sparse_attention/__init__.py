@@ -155,8 +155,8 @@ def sparse_attention(
 
     Returns the output, contiguous and of query's dtype, and with `return_lse` the natural log-sum-exp of the scores, in
     float32 at least. Rows that see no key: output 0 (before scale and bias), LSE -inf, gradients 0. Keys that no list
-    of the head names have no influence, NaN included. Differentiable once in query, key, value, row_scale, row_bias,
-    through both outputs.
+    of the head names have no influence, NaN included; what `causal` hides of a listed block from some of its queries
+    must be finite. Differentiable once in query, key, value, row_scale, row_bias, through both outputs.
 
     Raises TypeError on other dtypes than floating-point ones and int32, ValueError on shapes or devices that disagree,
     on a block size or scale out of range, and with `validate` on lists that name what is not there.

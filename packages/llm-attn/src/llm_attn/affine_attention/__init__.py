@@ -20,7 +20,8 @@ Left open there, decided here:
 - The running mean starts at 0 as printed, is of each head (`ema_scope="layer"`: of all heads), takes part after it was
   moved, without gradient, and leaves padding out. It moves once for each forward pass in training: once for each
   micro-batch of accumulated gradients, not again when activation checkpointing runs a layer a second time, and not at
-  all by a batch whose alpha is not finite. Ranks of data parallel training keep their own, see `average_affine_means`.
+  all by a batch whose alpha is not finite. Ranks of data parallel training move their own (which DDP, unless told
+  otherwise, replaces by rank 0's before each step); see `average_affine_means`.
 - The input of alpha is what q, k and v are made from. Dropout acts on the softmax alone.
 - alpha does not touch the logits: it is no temperature, though the paper calls it one in one place.
 `init="identity"` is an extension: a pretrained model starts as what it is, see `AffineConfig`.

@@ -212,9 +212,9 @@ def _running_backward() -> bool:
 class AffineScaledAttention(nn.Module):
     """Self-attention of a vision transformer with the scaling: takes the place of timm's `Attention`.
 
-    Same arguments, parameter names and `forward`; its weights load from that class with `strict=False`, which leaves
-    those of `affine` to be trained (or `AffineConfig(init="identity")`, with which the output is that of timm's).
-    Every token sees every other, or those before it with `causal=True`.
+    Its arguments are timm's, of those that most models use, and so are parameter names and `forward`: weights load from
+    that class with `strict=False`, which leaves those of `affine` to be trained. With `AffineConfig(init="identity")`
+    the output is timm's until they are.
     """
 
     def __init__(
@@ -228,13 +228,12 @@ class AffineScaledAttention(nn.Module):
         proj_drop: float = 0.0,
         norm_layer: type[nn.Module] = nn.LayerNorm,
         *,
-        causal: bool = False,
         config: AffineConfig | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
-        self.num_heads, self.causal, self.attn_drop = num_heads, causal, attn_drop
+        self.num_heads, self.attn_drop = num_heads, attn_drop
         head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm: nn.Module = norm_layer(head_dim) if qk_norm else nn.Identity()
@@ -244,12 +243,12 @@ class AffineScaledAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Float[Tensor, "B N C"], attn_mask: Bool[Tensor, "#B 1 N N"] | None = None
+        self, x: Float[Tensor, "B N C"], attn_mask: Bool[Tensor, "#B 1 N N"] | None = None, is_causal: bool = False
     ) -> Float[Tensor, "B N C"]:
-        """x through attention; `attn_mask` is True where a token may look."""
+        """x through attention; `attn_mask` is True where a token may look, and says everything if it is given."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key = self.q_norm(query), self.k_norm(key)
-        seen = sight(key, x.shape[1], causal=self.causal, window=None, key_mask=None, mask=attn_mask)
+        seen = sight(key, x.shape[1], causal=is_causal, window=None, key_mask=None, mask=attn_mask)
         dropout = self.attn_drop if self.training else 0.0
         attended = seen.attend(query, key, value, scale=None, dropout=dropout)
         out: Any = self.affine(attended, query, key, value, x, seen)

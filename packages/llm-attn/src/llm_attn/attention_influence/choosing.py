@@ -251,7 +251,8 @@ class _Records:
     def __init__(self, stack: ExitStack, folder: Path, units: Sequence[Unit]) -> None:
         self.stack, self.folder = stack, folder
         self.files = list(dict.fromkeys(unit.path for unit in units))
-        self.path, self.sink = "", None
+        self.path = ""
+        self.sink: Any = None
         self.own = ExitStack()
         stack.push(self.own)
 

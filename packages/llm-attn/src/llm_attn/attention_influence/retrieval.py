@@ -157,7 +157,7 @@ def _sample(tokenizer: PreTrainedTokenizerBase, config: RetrievalConfig, drawn: 
         raise ValueError(f"{why} for {max(asked, 2)} pairs of a key and a value and {asked} questions")
     draw = drawn.random
     questions = draw.sample(range(asked), asked)
-    ids, places = list(start), {}
+    ids, places = list(start), dict[int, int]()
     for number in draw.sample(range(len(pairs)), len(pairs)):  # what is asked for stands anywhere in the object
         _, before, value = pairs[number]
         ids += [*(comma if places else ()), *before]

@@ -109,8 +109,8 @@ class InfluenceScorer:
         for batch in self._batches(documents):
             ids, targets = _padded(batch)
             losses = pair_losses(self.model, self.masking, ids, targets)
-            owners = [window.document for window in batch]
-            np.add.at(sums, (slice(None), owners), losses.double().cpu().numpy())
+            owners = np.array([window.document for window in batch])
+            np.add.at(sums.T, owners, losses.double().cpu().numpy().T)
             np.add.at(predicted, owners, (targets != _IGNORED).sum(-1).numpy())
         with np.errstate(divide="ignore", invalid="ignore"):
             base, masked = np.where((predicted > 0) & (lengths > 1), sums / predicted, math.nan)

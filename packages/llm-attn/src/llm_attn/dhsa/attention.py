@@ -25,7 +25,7 @@ from llm_attn.dhsa.selection import KeyLists, Reach, fill_budget, select_keys, s
 from llm_attn.transformers.visibility import Visibility, dense_attention
 from shared_kernels import sparse_attention
 
-TILE = 1 << 24
+TILE = 1 << 23
 """Numbers of keys, values or masks that exist gathered at a time."""
 
 
@@ -199,9 +199,18 @@ def dhsa_prefill(
         lists = _lists(q, k, boundaries, config, edges, window)
     out = attend_lists(q, k, v, lists, block_size=config.block_size, edges=edges, scale=scale, softcap=softcap)
     if tail:
-        last = dense_attention(query[:, :, Nq - tail :], key, value, Visibility(window), scale=scale, softcap=softcap)
+        last = _attend_all(query[:, :, Nq - tail :], key, value, window, scale, softcap)
         out = torch.cat([out, last], 2)
     return out, lists
+
+
+def _attend_all(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Dense attention of a few queries, one head of each group at a time, so that no key is copied for its group."""
+    heads = query.unflatten(1, (key.shape[1], -1)).unbind(2)
+    outs = [dense_attention(q, key, value, Visibility(window), scale=scale, softcap=softcap) for q in heads]
+    return torch.stack(outs, 2).flatten(1, 2)
 
 
 def _lists(
