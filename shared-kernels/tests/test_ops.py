@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared_kernels import backend
@@ -130,6 +131,43 @@ def test_forced_reference_is_the_reference(spec):
         ours = outputs_and_gradients(spec.op, spec, sample)
     for name, expected in outputs_and_gradients(spec.reference, spec, sample).items():
         assert torch.equal(ours[name], expected), name
+
+
+# what training loops do to an op
+
+
+def one_gradient(spec, sample, call):
+    """Float outputs of the op and the gradient of their sum, each once."""
+    named = leaves_of(spec, sample)
+    wanted = {name: tree_map(lambda t: t.detach().requires_grad_(), sample[name]) for name in named}
+    outputs = [t for t in tree_leaves(call(**{**sample, **wanted})) if t.is_floating_point()]
+    loss = sum(t.float().masked_fill(~t.isfinite(), 0).sum() for t in outputs if t.requires_grad)
+    leaves = [t for tensors in leaves_of(spec, wanted).values() for t in tensors]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+    return [t.detach() for t in outputs], [g for g in gradients if g is not None]
+
+
+@each_op
+def test_activation_checkpointing_changes_nothing(spec):
+    """It runs the forward pass again, and gives the backward pass what was saved only once."""
+    sample = sample_of(spec, "small")
+    if not leaves_of(spec, sample):
+        pytest.skip("not differentiable")
+    _, wanted = one_gradient(spec, sample, spec.op)
+    _, given = one_gradient(spec, sample, lambda **inputs: checkpoint(spec.op, use_reentrant=False, **inputs))
+    assert all(torch.equal(one, other) for one, other in zip(given, wanted, strict=True))
+
+
+@each_op
+def test_forward_and_backward_under_autocast(spec):
+    sample = sample_of(spec, "small")
+    wide = one_gradient(spec, sample, spec.op)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = one_gradient(spec, sample, spec.op)
+    for given, wanted in zip([*narrow[0], *narrow[1]], [*wide[0], *wide[1]], strict=True):
+        finite = wanted.isfinite()
+        assert torch.equal(given.isfinite(), finite)
+        assert (given.float() - wanted)[finite].norm() <= 0.1 * wanted[finite].norm() + 1e-6
 
 
 # 4: kernels for GPUs that are not here

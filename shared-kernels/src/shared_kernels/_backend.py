@@ -64,7 +64,9 @@ def library_op(op: str, function: str, schema: str, *, mutates: tuple[str, ...] 
 
     def call(*arguments: Any) -> Any:
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        return getattr(implementation(op, first), function)(*arguments)
+        # dtypes were settled in the face; inside, autocast would narrow sums that are kept wide
+        with torch.autocast(first.device.type, enabled=False):
+            return getattr(implementation(op, first), function)(*arguments)
 
     return torch.library.custom_op(
         f"shared_kernels::{name}", call, mutates_args=mutates, device_types=("cpu", "cuda"), schema=schema

@@ -26,7 +26,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -123,40 +123,8 @@ def lightning_attention(
     and know nothing of each other. Differentiable in all but the slopes, also through the state. Errors are those of
     `shared_kernels.linear_attention`.
     """
-    query, key, value = _in_autocast_dtype(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
-        out, state = _Chunks.apply(query, key, value, -slopes, initial_state, cu_seqlens, scale)
-    return (out, state) if return_state else out
-
-
-class _Chunks(torch.autograd.Function):
-    # The op's own backward pass reads what it saved twice, which gradient checkpointing forbids, and on CPUs it cannot
-    # run inside autocast. With both mended in shared_kernels, lightning_attention is linear_attention(causal=True);
-    # until then it has no gradient under backend("reference").
-
-    @staticmethod
-    def forward(ctx, query, key, value, log_decay, state, cu_seqlens, scale):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(query, key, value, log_decay, state, cu_seqlens)
-        ctx.scale = scale
-        options = {"log_decay": log_decay, "scale": scale, "initial_state": state, "cu_seqlens": cu_seqlens}
-        return linear_attention(query, key, value, causal=True, return_state=True, **options)
-
-    @staticmethod
-    def backward(ctx, d_out, d_state):  # type: ignore[no-untyped-def]
-        query, key, value, log_decay, state, cu_seqlens = ctx.saved_tensors
-        groups, acc = query.shape[1] // key.shape[1], torch.promote_types(query.dtype, torch.float32)
-        rows = (query, *(t.repeat_interleave(groups, 1) for t in (key, value)))
-        wide = (log_decay.to(acc).clamp(min=-1e4), None if state is None else state.to(acc))
-        run = torch.ops.shared_kernels.linear_attention_backward
-        d_query, d_key, d_value, d_state = run(d_out.contiguous(), d_state, *rows, *wide, cu_seqlens, ctx.scale)
-        d_key, d_value = (t.unflatten(1, (-1, groups)).sum(2) for t in (d_key, d_value))
-        return d_query, d_key, d_value, None, None if state is None else d_state, None, None
-
-
-def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    kind = tensors[0].device.type
-    narrow = torch.is_autocast_enabled(kind) and tensors[0].dtype != torch.float64
-    return [t.to(torch.get_autocast_dtype(kind)) if narrow else t for t in tensors]
+    options: dict[str, Any] = {"log_decay": -slopes, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    return linear_attention(query, key, value, causal=True, scale=scale, return_state=return_state, **options)
 
 
 def continue_lightning_attention(
@@ -173,9 +141,7 @@ def continue_lightning_attention(
     One token is a step, several are chunks: reading a prompt in parts costs no more than reading it at once.
     """
     if state is not None and query.shape[2] == 1 and not torch.is_grad_enabled():
-        query, key, value = _in_autocast_dtype(query, key, value)
-        with torch.autocast(query.device.type, enabled=False):
-            return linear_attention_step(query, key, value, state, log_decay=-slopes, scale=scale), state
+        return linear_attention_step(query, key, value, state, log_decay=-slopes, scale=scale), state
     return lightning_attention(query, key, value, slopes, scale=scale, initial_state=state, return_state=True)  # type: ignore[return-value]
 
 

@@ -84,10 +84,10 @@ def _save_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noq
 
 
 def _differentiate_causal(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-    began = ctx.saved_tensors[4] is not None
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives it only once
     flows = d_state if ctx.state_wanted else None
-    *d_inputs, d_initial = _causal_backward(d_out, flows, *ctx.saved_tensors, ctx.scale)
-    return *d_inputs, None, d_initial if began else None, None, None, None
+    *d_inputs, d_initial = _causal_backward(d_out, flows, *saved, ctx.scale)
+    return *d_inputs, None, None if saved[4] is None else d_initial, None, None, None
 
 
 _causal.register_autograd(_differentiate_causal, setup_context=_save_causal)
