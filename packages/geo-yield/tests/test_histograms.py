@@ -1,6 +1,7 @@
 """The histogram container: what goes in comes out, layouts are never mixed, half-written files never appear."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,16 @@ def test_duplicates_and_missing_years_are_said(tmp_path):
         HistogramStore(tmp_path).read(years=[2013])
     with pytest.raises(InputProblem, match="no histograms at .*prepare"):
         HistogramStore(tmp_path / "nowhere")
+
+
+def test_a_column_of_another_name_is_a_damaged_file(tmp_path):
+    path = tmp_path / "h.parquet"
+    write_histograms(path, layout(), [rows(5)])
+    table = pq.read_table(path)
+    names = ["valid_coun" if name == "valid_count" else name for name in table.schema.names]
+    pq.write_table(table.rename_columns(names), path)
+    with pytest.raises(InputProblem, match="not the columns of a histogram file"):
+        HistogramStore(path).read()
 
 
 @given(st.binary(max_size=300), st.integers(0, 4000), st.sampled_from(["cut", "noise", "flip"]))

@@ -179,7 +179,7 @@ class HistogramStore:
         """Rows in file order, at most `size` at a time; memory does not depend on how many there are."""
         wanted = None if years is None else np.array(sorted(set(years)), dtype=np.int16)
         for file in self.files:
-            for batch in _row_groups(file, size):
+            for batch in _row_groups(file, size, _schema(self.layout)):
                 tensor = from_arrow(batch, self.layout)
                 if wanted is not None:
                     tensor = tensor.take(np.isin(tensor.year, wanted))
@@ -204,10 +204,12 @@ class HistogramStore:
         return tensor
 
 
-def _row_groups(file: Path, size: int) -> Iterator[pa.RecordBatch]:
+def _row_groups(file: Path, size: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     try:
         # pre_buffer would fetch a whole file ahead; off, memory stays at one row group.
         reader = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+        if not reader.schema_arrow.equals(schema):  # names and types; a damaged footer can still be read
+            raise InputProblem(f"'{file}' has not the columns of a histogram file. Run prepare again.")
         yield from reader.iter_batches(batch_size=size)
     except (pa.ArrowException, OSError) as problem:
         raise InputProblem(f"'{file}' is damaged: {str(problem).splitlines()[0]}. Run prepare again.") from None
