@@ -121,7 +121,7 @@ def test_a_column_of_another_name_is_a_damaged_file(tmp_path):
     write_histograms(path, layout(), [rows(5)])
     table = pq.read_table(path)
     names = ["valid_coun" if name == "valid_count" else name for name in table.schema.names]
-    pq.write_table(table.rename_columns(names), path)
+    pq.write_table(table.rename_columns(names).replace_schema_metadata(table.schema.metadata), path)
     with pytest.raises(InputProblem, match="not the columns of a histogram file"):
         HistogramStore(path).read()
 
