@@ -1,0 +1,1 @@
+"""Where people look: object-level scanpath prediction, and every established scanpath metric."""
