@@ -7,7 +7,7 @@ refused: patches that go through by chance are how token merging came to be sile
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from shared_kernels.handle import Handle
+
 SUPPORTED = (
     "timm's VisionTransformer with standard blocks and a class token: ViT, DeiT, DeiT-3, DINOv2 and CLIP, with or "
     "without LayerScale, registers, qk-norm, norm_pre and a distillation token"
 )
-
-
-@dataclass
-class Handle:
-    """A method at work in a model. `remove()` undoes it; as a context manager, leaving the block does.
-
-    name: of the method. model: the host. config: the method's settings.
-    layers_changed: indices of the blocks in which it acts.
-    """
-
-    name: str
-    model: nn.Module
-    config: Any
-    layers_changed: tuple[int, ...]
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    def on_remove(self, undo: Callable[[], None]) -> None:
-        """Has `undo` called by `remove`, before whatever was asked for earlier."""
-        self._undo.append(undo)
-
-    def remove(self) -> None:
-        """The host as it was. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 @dataclass(frozen=True)

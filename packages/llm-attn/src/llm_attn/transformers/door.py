@@ -10,7 +10,6 @@ is refused with a sentence.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from llm_attn.transformers import saving
 from llm_attn.transformers.visibility import dense_attention, key_mask, read_mask
+from shared_kernels.handle import Handle
 
 TESTED_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "phi3")
 """`config.model_type` of the families that the door tests run; others of the same build are let in."""
@@ -25,36 +25,6 @@ TESTED_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"
 _ATTENTION_METHODS: set[str] = set()
 _REFUSED = {"s_aux": "attention sinks (s_aux)", "position_bias": "a position bias", "cache": "paged attention"}
 _INPUT = "llm_attn_input"
-
-
-@dataclass
-class Handle:
-    """A method at work in a model. `remove()` undoes it; as a context manager, leaving the block does.
-
-    name: of the method. model: the host. config: the method's settings.
-    layers_changed: indices of the decoder layers that it changes.
-    """
-
-    name: str
-    model: nn.Module
-    config: Any
-    layers_changed: tuple[int, ...]
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    def on_remove(self, undo: Callable[[], None]) -> None:
-        """Has `undo` called by `remove`, before whatever was asked for earlier."""
-        self._undo.append(undo)
-
-    def remove(self) -> None:
-        """The host as it was. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def register_attention(name: str, function: Callable[..., Tensor], *, softcap: bool = False) -> None:
