@@ -181,7 +181,7 @@ def _targets(module: ModuleType, point: Mapping[str, Any], result: Mapping[str, 
     """What the claim promises, with what was found, and whether that reaches it."""
     found = []
     if "target" in result:
-        text = f"{result['ratio']:.1f}x, at least {result['target']:.3g}x wanted"
+        text = f"{result['ratio']:.3g}x, at least {result['target']:.3g}x wanted"
         found.append((text, result["ratio"] >= result["target"]))
     if hasattr(module, "TARGET_RATE") and _holds(getattr(module, "TARGET_AT", {}), point):
         rate, wanted = result["rate"]["per second"], module.TARGET_RATE
