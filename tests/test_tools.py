@@ -144,7 +144,7 @@ def test_a_target_for_each_point(claim_file, clocks):
     del claim.module.TARGET_RATE
     small, large = claims.run(claim, device="cpu")
     assert (small["target"], large["target"]) == (3, 1.2)
-    assert small["targets"] == [(f"{small['ratio']:.1f}x, at least 3x wanted", False)]
+    assert small["targets"] == [(f"{small['ratio']:.3g}x, at least 3x wanted", False)]
 
 
 def test_results_are_whole_after_every_point_and_name_no_machine(claim_file, monkeypatch, tmp_path):
