@@ -1,0 +1,1 @@
+"""Faster and steerable attention for image and video diffusion, in diffusers."""
