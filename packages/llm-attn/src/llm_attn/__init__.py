@@ -79,6 +79,14 @@ from llm_attn.lightning_attention import (
     lightning_attention,
     lightning_attention_quadratic,
 )
+from llm_attn.loss_reweighting import (
+    LossReweighter,
+    LossReweightingConfig,
+    LossReweightingMixin,
+    ReweightedTrainer,
+    loss_weights,
+    per_sample_losses,
+)
 from llm_attn.softplus_attention import (
     SoftplusConfig,
     apply_softplus,
@@ -118,9 +126,13 @@ __all__ = [
     "InfluenceScorer",
     "LightningAttention",
     "LightningConfig",
+    "LossReweighter",
+    "LossReweightingConfig",
+    "LossReweightingMixin",
     "PowerWarmUp",
     "PredictorConfig",
     "RetrievalConfig",
+    "ReweightedTrainer",
     "ScoringConfig",
     "SinkMap",
     "SinkState",
@@ -158,7 +170,9 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_quadratic",
     "linear_clip",
+    "loss_weights",
     "param_groups",
+    "per_sample_losses",
     "plot_depth_weights",
     "plot_sinks",
     "prefix_value_sum",
