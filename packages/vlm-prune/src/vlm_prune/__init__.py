@@ -1,5 +1,25 @@
 """Fewer visual tokens in any vision-language model of transformers, by any of the published criteria."""
 
+from vlm_prune.adaptinfer import AdaptInferConfig, apply_adaptinfer, solve_budget
+from vlm_prune.agile_pruner import (
+    AdaptiveVisPrunerConfig,
+    AgilePrunerConfig,
+    agile_select,
+    apply_adaptive_vispruner,
+    apply_agile_pruner,
+    attention_entropy,
+    effective_rank,
+    mean_erank,
+)
+from vlm_prune.attention_debiasing import (
+    AttentionDebiasingConfig,
+    TrendAccumulator,
+    apply_attention_debiasing,
+    debias,
+    fit_debias,
+    fit_trend,
+)
+from vlm_prune.attention_shift import ShiftReport, find_shift, shift_layers
 from vlm_prune.criteria import (
     DivPruneConfig,
     FasterVLMConfig,
@@ -28,10 +48,15 @@ from vlm_prune.families import Family, register_family
 from vlm_prune.methods import METHODS, prune
 from vlm_prune.report import Report
 from vlm_prune.stages import BEFORE, Stage
+from vlm_prune.zoo_prune import ZooPruneConfig, apply_zoo_prune, sads_select, zoo_sensitivity
 
 __all__ = [
     "BEFORE",
     "METHODS",
+    "AdaptInferConfig",
+    "AdaptiveVisPrunerConfig",
+    "AgilePrunerConfig",
+    "AttentionDebiasingConfig",
     "Context",
     "Criterion",
     "DivPruneConfig",
@@ -45,12 +70,20 @@ __all__ = [
     "RandomConfig",
     "Report",
     "Selection",
+    "ShiftReport",
     "SparseVLMConfig",
     "Stage",
     "StagesConfig",
+    "TrendAccumulator",
     "UniformConfig",
     "VisPrunerConfig",
     "VisionZipConfig",
+    "ZooPruneConfig",
+    "agile_select",
+    "apply_adaptinfer",
+    "apply_adaptive_vispruner",
+    "apply_agile_pruner",
+    "apply_attention_debiasing",
     "apply_divprune",
     "apply_fastervlm",
     "apply_fastv",
@@ -62,6 +95,18 @@ __all__ = [
     "apply_uniform",
     "apply_visionzip",
     "apply_vispruner",
+    "apply_zoo_prune",
+    "attention_entropy",
+    "debias",
+    "effective_rank",
+    "find_shift",
+    "fit_debias",
+    "fit_trend",
+    "mean_erank",
     "prune",
     "register_family",
+    "sads_select",
+    "shift_layers",
+    "solve_budget",
+    "zoo_sensitivity",
 ]

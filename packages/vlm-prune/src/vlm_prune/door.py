@@ -26,7 +26,10 @@ _SUPPORTED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3
 class Method(Protocol):
     """Settings of a method."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """For messages and reports."""
+        ...
 
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """When and how tokens are dropped in a language model of that many layers."""

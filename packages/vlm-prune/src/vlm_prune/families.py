@@ -78,6 +78,10 @@ class Family:
         """Values of patches in the tower's order, as values of the visual tokens; NaN at newlines."""
         return values.flatten(0, 1)
 
+    def projected_to_tokens(self, call: VisionCall, values: Float[Tensor, "V T c"]) -> Float[Tensor, "N c"]:
+        """Values of the projector's output, as values of the visual tokens; NaN at newlines."""
+        return self.to_tokens(call, values)
+
     def views(self, call: VisionCall) -> Float[Tensor, "V P"]:
         """Number of the view of each patch."""
         reference = self.patches(call)
@@ -120,6 +124,10 @@ class Shuffled(Family):
         channels = values.shape[-1]
         shuffled = self.shuffle(call.base, values)
         return shuffled.reshape(-1, shuffled.shape[-1] // channels, channels).mean(1)
+
+    def projected_to_tokens(self, call: VisionCall, values: Float[Tensor, "V T c"]) -> Float[Tensor, "N c"]:  # noqa: ARG002
+        """One for each token."""
+        return values.flatten(0, 1)
 
     def shuffle(self, base: Any, values: Float[Tensor, "V P c"]) -> Tensor:
         """The host's pixel shuffle."""
@@ -166,6 +174,10 @@ class Gemma3(Family):
         side = projector.patches_per_image
         maps = values.transpose(1, 2).reshape(len(values), -1, side, side)
         return projector.avg_pool(maps).flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def projected_to_tokens(self, call: VisionCall, values: Float[Tensor, "V T c"]) -> Float[Tensor, "N c"]:  # noqa: ARG002
+        """One for each token."""
+        return values.flatten(0, 1)
 
 
 class QwenVL(Family):

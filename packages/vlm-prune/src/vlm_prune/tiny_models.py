@@ -92,7 +92,7 @@ def _qwen(kind: str) -> Callable[[dict[str, Any]], Any]:
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
     if kind == "Qwen2_5_VL":
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 16}
-        vision["fullatt_block_indexes"] = [1]
+        vision["fullatt_block_indexes"] = [2]
     if kind == "Qwen3VL":
         rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}

@@ -94,6 +94,10 @@ class VisionCall:
             )
         return tokens.squeeze(-1) if values.ndim == 2 else tokens
 
+    def projected_to_tokens(self, values: Float[Tensor, "V T"]) -> Float[Tensor, "N"]:
+        """Values of what comes out of the projector, as values of the visual tokens; NaN at newline tokens."""
+        return self.family.projected_to_tokens(self, values.unsqueeze(-1)).squeeze(-1)
+
     def views(self) -> Int[Tensor, "N"]:
         """Number of the image, tile or frame of each visual token; -1 at newline tokens."""
         found = self.to_tokens(self.family.views(self))

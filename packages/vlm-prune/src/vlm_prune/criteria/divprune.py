@@ -14,7 +14,7 @@ from shared_kernels import diverse_subset
 from vlm_prune.criterion import Context, Criterion, Selection
 from vlm_prune.door import PruneHandle, open_pruner
 from vlm_prune.stages import BEFORE, Stage, check_keep
-from vlm_prune.subsets import visual_set
+from vlm_prune.subsets import token_sets
 
 
 def _no_scores(context: Context) -> Float[Tensor, "B n"]:
@@ -23,11 +23,9 @@ def _no_scores(context: Context) -> Float[Tensor, "B n"]:
 
 def most_diverse(context: Context, scores: Float[Tensor, "B n"]) -> Selection:  # noqa: ARG001
     """Greedy max-min subset of each sample's visual tokens."""
-    tokens = visual_set(context)
-    chosen = diverse_subset(
-        tokens.take(context.hidden), num_kept=int(context.num_kept.max()), first="isolated", mask=tokens.present
-    )
-    return Selection(tokens.kept(context, chosen))
+    sets = token_sets(context)
+    chosen = diverse_subset(sets.take(context.hidden), num_kept=sets.most(), first="isolated", mask=sets.present)
+    return Selection(sets.kept(chosen, context.visual))
 
 
 @dataclass(frozen=True, kw_only=True)
