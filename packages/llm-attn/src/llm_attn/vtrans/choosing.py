@@ -135,9 +135,11 @@ def _even(
         if width % step or width > len(scores.hidden):
             continue
         each = width // size.anatomy.head_dim if size.anatomy.family.square_attention else count
-        for filled in (wide // multiple_of * multiple_of, _largest(scores, size, layers, width, each, multiple_of, budget)):
-            if filled and size.parameters(_counts(scores, layers, width, each, filled)) <= budget:
-                options.append((abs(width / max(1, hidden) - 1) + abs(filled / mean - 1), width, each, filled))
+        for filled in (_largest(scores, size, layers, width, each, multiple_of, budget),):
+            left = size.parameters(_counts(scores, layers, width, each, filled))
+            if filled and left <= budget:
+                away = abs(width / hidden - 1) + abs(filled / mean - 1) + (1 - left / budget)
+                options.append((away, width, each, filled))
     # at this threshold the wanted sizes must fit, or a larger threshold would be no larger model
     fits = size.parameters(_counts(scores, layers, hidden, count, round(mean))) <= budget
     if not options or not fits:
