@@ -49,7 +49,7 @@ figures
 
 Every run (model and seed) is kept in DIR as JSON when it is done: stop at any time, and start the same command again.
 Figures are PNG with their numbers beside them as CSV; claims.md says which claims of the paper held. e1, e2 and e3 are
-drawn from the same runs. Five seeds take about ten minutes of one core.
+drawn from the same runs. Five seeds take about ten minutes of one core, and three with --largest 2048.
 
   python -m llm_attn.random_feature_theory reproduce --figure e1 --out results
   python -m llm_attn.random_feature_theory reproduce --quick --out /tmp/look     seconds; only shows that all runs
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, required=True, help="folder of runs, figures and tables")
     run.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     run.add_argument("--seeds", type=int, default=5, help="how many seeds (default: 5; e4 takes at most 3)")
+    run.add_argument("--largest", type=int, default=4096, help="largest number of samples, n (default: 4096)")
     run.add_argument("--model", type=Path, help="transformers folder for qk (default: all-MiniLM-L6-v2, if installed)")
     run.add_argument("--threads", type=int, help="threads of torch (default: torch's)")
     run.add_argument("--quick", action="store_true", help="tiny sizes")
@@ -110,7 +111,7 @@ def reproduce(options: argparse.Namespace) -> None:
         raise ValueError(f"--seeds must be at least 1 and --seed at least 0, got {options.seeds} and {options.seed}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    config = QUICK if options.quick else SimulationConfig()
+    config = QUICK if options.quick else _config(options.largest)
     chosen = FIGURES if options.figure == "all" else (options.figure,)
     seeds = range(options.seed, options.seed + options.seeds)
     found: list[claims.Claim] = []
@@ -131,6 +132,13 @@ def reproduce(options: argparse.Namespace) -> None:
     text.append(claims.claim_table(found))
     write_text(options.out / ("claims.md" if options.figure == "all" else f"claims-{options.figure}.md"), "".join(text))
     _show(found, options.out)
+
+
+def _config(largest: int) -> SimulationConfig:
+    sizes = tuple(n for n in SimulationConfig().sizes if n <= largest)
+    if not sizes or largest != sizes[-1]:
+        raise ValueError(f"--largest must be one of {', '.join(map(str, SimulationConfig().sizes))}, got {largest}")
+    return SimulationConfig(sizes=sizes)
 
 
 def print_bounds(options: argparse.Namespace) -> None:

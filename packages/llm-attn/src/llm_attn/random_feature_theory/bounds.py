@@ -72,7 +72,7 @@ def mlp_norm_bound(p: int, *, num_keys: int, beta_norm: float = 1.0) -> float:
     a_p is the coefficient of (sum_i <x_i, x'_i>)^p in K_MLP: the sum over k >= p of c_k binom(k, p) / (N + 2)^k.
     """
     _check(num_keys=num_keys)
-    part = sum(arc_cosine_coefficient(k) * math.comb(k, p) / (num_keys + 2) ** k for k in range(p, p + _TERMS))
+    part = sum(arc_cosine_coefficient(k) * math.comb(k, p) * (num_keys + 2.0) ** -k for k in range(p, p + _TERMS))
     return beta_norm ** (2 * p) / (num_keys * part)
 
 

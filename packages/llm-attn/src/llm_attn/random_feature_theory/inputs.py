@@ -56,8 +56,8 @@ def as_sets(x: Float[Tensor, "n N+1 d"], key_mask: Bool[Tensor, "n N"] | None = 
     if not x.isfinite().all():
         raise ValueError("X holds NaN or infinite values: drop or fill them first")
     one = torch.cat((x, x.new_ones(*x.shape[:2], 1)), -1)
-    weight = real / real.sum(1, keepdim=True)
-    return Sets(one[:, 0], one[:, 1:], weight.to(x.dtype), not bool(real.all()))
+    weight = real.to(x.dtype) / real.sum(1, keepdim=True)
+    return Sets(one[:, 0], one[:, 1:], weight, not bool(real.all()))
 
 
 def _checked_mask(key_mask: Tensor, real: Tensor) -> Tensor:

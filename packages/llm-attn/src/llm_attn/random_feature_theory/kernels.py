@@ -70,10 +70,11 @@ def rectified_product(
 ) -> Float[Tensor, "*s"]:
     """E relu(m + z) relu(m' + z') of two standard normals with correlation rho, by an integral over z > -m."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
+    mean, other_mean, rho = torch.broadcast_tensors(mean, other_mean, rho)
     low = -mean
     half = (_REACH - low) / 2
     spread = (1 - rho * rho).clamp(min=0).sqrt()
-    out = torch.zeros_like(low * rho)
+    out = torch.zeros_like(low)
     for point, weight in zip(points, weights, strict=True):
         z = low + half * (1 + point)
         density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
