@@ -32,7 +32,9 @@ def fold_batch_norms(model: nn.Module, example: torch.Tensor) -> nn.Module:
     # folding rounds every weight anew: by 1e-7 relative, which a deep network's random weights may enlarge
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
         worst = float((found - expected).abs().max())
-        raise ValueError(f"BatchNorms of this {type(model).__name__} cannot be folded in order: outputs differ by {worst:.2g}")
+        raise ValueError(
+            f"BatchNorms of this {type(model).__name__} cannot be folded in order: outputs differ by {worst:.2g}"
+        )
     return folded
 
 

@@ -103,10 +103,14 @@ def read_msmt17(root: Path, *, size: tuple[int, int] = (256, 128)) -> Split:
     def label(path: Path) -> tuple[int, int]:
         found = _MSMT.match(path.name)
         if found is None:
-            raise DataProblem(f"'{path}' is not named like 0000_000_01_0303morning_0008_0.jpg (the third is the camera)")
+            raise DataProblem(
+                f"'{path}' is not named like 0000_000_01_0303morning_0008_0.jpg (the third is the camera)"
+            )
         return person[path], int(found[1])
 
-    sets = [_crop_files(chosen, size, label) for chosen in (paths["train"] + paths["val"], paths["query"], paths["gallery"])]
+    sets = [
+        _crop_files(chosen, size, label) for chosen in (paths["train"] + paths["val"], paths["query"], paths["gallery"])
+    ]
     return Split(*sets)
 
 
@@ -139,7 +143,9 @@ def read_folder(root: Path, *, first: float = 0.5, size: tuple[int, int] = (256,
         raise ValueError(f"first must lie in (0, 1), got {first}")
     found = sorted(p for p in root.glob("*/*/*") if p.suffix.lower() in SUFFIXES)
     if not found:
-        raise DataProblem(f"no pictures in '{root}': they must lie like person/camera/frame.jpg ({', '.join(SUFFIXES)})")
+        raise DataProblem(
+            f"no pictures in '{root}': they must lie like person/camera/frame.jpg ({', '.join(SUFFIXES)})"
+        )
     people = sorted({path.parts[-3] for path in found})
     cameras = sorted({path.parts[-2] for path in found})
     query, gallery = [], []

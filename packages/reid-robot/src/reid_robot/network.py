@@ -163,7 +163,9 @@ def load_backbone_weights(net: ReidNet, weights: Path | Mapping[str, Tensor]) ->
     blocks = ("reid_attention", ".se.", ".drop_path.0.")
     missing = [k for k in own if k not in bare and not any(b in k for b in blocks) and "num_batches" not in k]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(own)} tensors of {net.config.backbone} are missing, {missing[0]} first")
+        raise ValueError(
+            f"{len(missing)} of {len(own)} tensors of {net.config.backbone} are missing, {missing[0]} first"
+        )
     wrong = [k for k in own if k in bare and own[k].shape != bare[k].shape]
     if wrong:
         raise ValueError(f"{wrong[0]} must be {tuple(own[wrong[0]].shape)}, is {tuple(bare[wrong[0]].shape)}")

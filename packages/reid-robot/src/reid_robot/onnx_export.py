@@ -129,7 +129,9 @@ class TorchEmbedder:
     def __call__(self, pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "B D"]:
         """Embeddings of RGB pictures. ValueError for an empty picture."""
         with torch.inference_mode():
-            return self.net(torch.from_numpy(scale_pictures(pictures, self.size)).to(self.net.mean.device)).cpu().numpy()
+            return (
+                self.net(torch.from_numpy(scale_pictures(pictures, self.size)).to(self.net.mean.device)).cpu().numpy()
+            )
 
 
 def scale_pictures(

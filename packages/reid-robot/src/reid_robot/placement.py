@@ -45,7 +45,9 @@ def parse_placement(text: str, depths: Sequence[int]) -> Placement:
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         found = _PART.fullmatch(part)
         if found is None:
-            raise ValueError(f"cannot read '{part}': a placement is like 's2.last,s3.all:in' (first, last, all or 1, 2, ...)")
+            raise ValueError(
+                f"cannot read '{part}': a placement is like 's2.last,s3.all:in' (first, last, all or 1, 2, ...)"
+            )
         stage, which, place = int(found[1]), found[2], cast(Place, found[3] or "out")
         if not 1 <= stage <= len(depths):
             raise ValueError(f"'{part}' names stage {stage}; the network has stages 1 to {len(depths)}")

@@ -170,7 +170,9 @@ class _Relations(nn.Module):
     def macs(self) -> int:
         n = self.nodes
         embeddings = 3 * self.features * self.narrow * n
-        convolutions = sum(m.weight.numel() for part in (self.relate, self.weigh) for m in part if isinstance(m, nn.Conv1d))
+        convolutions = sum(
+            m.weight.numel() for part in (self.relate, self.weigh) for m in part if isinstance(m, nn.Conv1d)
+        )
         return embeddings + self.narrow * n * n + convolutions * n
 
 

@@ -226,7 +226,9 @@ def extract_rules(
         if any(told):
             per_cost = effects[i, 0] / effects[i, 1] if told[1] else math.copysign(math.inf, effects[i, 0])
             intervals = [(float(low[i, j]), float(high[i, j])) for j in (0, 1)]
-            rules.append(Rule(name, float(effects[i, 0]), intervals[0], float(effects[i, 1]), intervals[1], float(per_cost)))
+            rules.append(
+                Rule(name, float(effects[i, 0]), intervals[0], float(effects[i, 1]), intervals[1], float(per_cost))
+            )
     return sorted(rules, key=lambda rule: -rule.per_cost)
 
 

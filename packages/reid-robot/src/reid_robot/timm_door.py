@@ -6,8 +6,9 @@ the residual branch ("in") it is the slot that timm's own blocks have there. No 
 the network's weights stay, and `features_only`, `forward_features`, deepcopy and export work as before.
 
 The light block is of Eisenbach et al. (arXiv:2302.14574); sites as in placement.py. Also here: a last stage that keeps
-its resolution, as networks for re-identification have it (Luo et al., "Bag of Tricks", CVPRW 2019), and two models for
-timm's registry, `resnet50_reid_light` and `resnet18_reid_w16`.
+its resolution, as networks for re-identification have it (Luo et al., "Bag of Tricks", CVPRW 2019), and three models for
+timm's registry, `resnet50_reid_light`, `resnet18_reid_w16` and
+`resnet34_reid_w16`.
 """
 
 from collections.abc import Callable, Sequence
@@ -175,7 +176,9 @@ def keep_last_resolution(model: nn.Module) -> None:
     if last is None:
         raise ValueError(f"no stage of this {type(model).__name__} has a stride to take away; use last_stride=2")
     if any(isinstance(leaf, nn.AvgPool2d) and leaf.stride not in (1, (1, 1)) for leaf in _leaves(last)):
-        raise ValueError("this network halves its last map by pooling; last_stride=1 is for those that do by convolution")
+        raise ValueError(
+            "this network halves its last map by pooling; last_stride=1 is for those that do by convolution"
+        )
     for leaf in _leaves(last):
         if _strided(leaf) and isinstance(leaf, nn.Conv2d):
             leaf.stride = (1, 1)
@@ -201,6 +204,12 @@ def resnet18_reid_w16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise ValueError("resnet18_reid_w16 has no pretrained weights: pass pretrained=False and load a checkpoint")
     small = {"channels": (16, 32, 64, 128), "stem_type": "deep", "stem_width": 8}
     return timm.create_model("resnet18", pretrained=False, **(small | kwargs))
+
+
+@register_model
+def resnet34_reid_w16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The same with the blocks of ResNet-34, 1.4 M parameters: what more depth brings instead of attention."""
+    return resnet18_reid_w16(pretrained, **({"block": BasicBlock, "layers": (3, 4, 6, 3)} | kwargs))
 
 
 @register_model

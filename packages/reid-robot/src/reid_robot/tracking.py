@@ -154,9 +154,7 @@ class Tracker:
             self.lost += [track for track in gone if track.hits >= self.config.confirm and track.looks]
             self.lost = [track for track in self.lost if track.misses <= self.config.memory]
 
-    def _recognise(
-        self, free: list[int], boxes: np.ndarray, looks: list[np.ndarray | None]
-    ) -> list[tuple[Track, int]]:
+    def _recognise(self, free: list[int], boxes: np.ndarray, looks: list[np.ndarray | None]) -> list[tuple[Track, int]]:
         """Lost tracks and free boxes that look alike and are within reach, nearest looks paired first."""
         known = [(i, look) for i in free if (look := looks[i]) is not None]
         if not known or not self.lost:

@@ -248,7 +248,9 @@ def draw_camera(rng: np.random.Generator, cast: float) -> Camera:
     )
 
 
-def draw_walkers(num_ids: int, config: WalkerConfig = WalkerConfig(), *, seed: int = 0, camera_seed: int = 0) -> CropSet:
+def draw_walkers(
+    num_ids: int, config: WalkerConfig = WalkerConfig(), *, seed: int = 0, camera_seed: int = 0
+) -> CropSet:
     """images_per_camera pictures of each of `num_ids` people by each camera; ids count from 0.
 
     The people depend on `seed` alone, the cameras on `camera_seed`: another seed gives other people before the same
