@@ -9,22 +9,23 @@ A kernel says how probable each object is after those before it:
     MarkovKernel            steps (rows, columns) as often as people made them, renormalised on the grid
     TransitionKernel        cell-to-cell transitions as often as people made them (first-order Markov chain over cells)
 
-`LengthMatched` makes a full model of a kernel. It draws a length from the human lengths and, with the human probability, puts the
-target at the end; its step probabilities are those of this process, exactly, so that likelihoods are fair:
+`LengthMatched` makes a full model of a kernel. It draws a length from the human lengths and, with the human
+probability, puts the target at the end; its step probabilities are those of this process, exactly, so that likelihoods
+are fair:
 
     h = P(length = l | length >= l), q = P(last is target), k = kernel
     p(o_l = o)          = (1 - h) k(o) + h (q [o = target] + (1 - q) k(o))
     p(stop after o_l)   = h e(o) / (h e(o) + (1 - h) k(o)),        e(o) = q [o = target] + (1 - q) k(o)
 
-Decided here: counts are smoothed by adding `smoothing` to each; lengths that nobody had get a hazard from the smoothed counts of
-neighbouring lengths; beyond the longest human path the hazard stays at its last value.
+Decided here: counts are smoothed by adding `smoothing` to each; lengths that nobody had get a hazard from the smoothed
+counts of neighbouring lengths; beyond the longest human path the hazard stays at its last value.
 
 Shapes: S paths of l fixations so far on one scene, P objects.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -177,7 +178,7 @@ class MarkovKernel:
         counts, chances = np.full((2, 2 * rows - 1, 2 * cols - 1), smoothing)
         for own, name in zip(cells, names, strict=True):
             layout = layout_of(data, name)
-            step = np.diff(own, axis=0) + (rows - 1, cols - 1)
+            step = np.diff(own, axis=0) + np.array([rows - 1, cols - 1])
             np.add.at(counts, tuple(step.T), 1.0)
             reach = (layout.cells[None] - own[:-1, None] + (rows - 1, cols - 1)).reshape(-1, 2)
             np.add.at(chances, tuple(reach.T), 1.0)
@@ -314,7 +315,7 @@ class LengthMatched:
         return done
 
 
-KERNELS = {
+KERNELS: dict[str, Any] = {
     "random": RandomKernel,
     "centre bias": CentreBiasKernel,
     "position prior": PositionPriorKernel,

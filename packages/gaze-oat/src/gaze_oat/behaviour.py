@@ -1,4 +1,4 @@
-"""What a searcher does, counted: found or not, how long, how much new, how much again; and the steps that the eyes take.
+"""What a searcher does, counted: found or not, how long, new things and old; and the steps that the eyes take.
 
 Runs of equal ids are one visit. Per path of m fixations and V visits:
 
@@ -8,13 +8,13 @@ Runs of equal ids are one visit. Per path of m fixations and V visits:
     refix     fixations beyond the first of their visit / m
     revisit   visits of objects seen before / m                  search + refix + revisit = 1
 
-delta = mean over the five of |model - human| / human, of averages over the paths of a scene, then over scenes (Fang et al., ECCV 2024,
-arXiv:2407.13335). Steps are compared as distributions: lengths by the Wasserstein distance (cells), directions and turns by total
-variation (0 equal, 1 disjoint).
+delta = mean over the five of |model - human| / human, of averages over the paths of a scene, then over scenes (Fang et
+al., ECCV 2024, arXiv:2407.13335). Steps are compared as distributions: lengths by the Wasserstein distance (cells),
+directions and turns by total variation (0 equal, 1 disjoint).
 
-Decided here: where the human average is 0, delta takes |model| itself for that term; a step's length is |rows| + |columns| (L1), as
-in published figures of this data; directions are eight sectors around right, up-right, ..., and turns four around straight on,
-left, back, right, both of steps that move; on screens up is smaller y.
+Decided here: where the human average is 0, delta takes |model| itself for that term; a step's length is |rows| +
+|columns| (L1), as in published figures of this data; directions are eight sectors around right, up-right, ..., and
+turns four around straight on, left, back, right, both of steps that move; on screens up is smaller y.
 
 Shapes: N paths, P objects.
 """
@@ -90,7 +90,7 @@ class StepStatistics:
         return float(self.lengths @ np.arange(len(self.lengths)))
 
     def distances(self, other: "StepStatistics") -> dict[str, float]:
-        """`length`: Wasserstein distance in cells; `direction` and `turn`: total variation. All 0 for equal distributions."""
+        """`length`: Wasserstein distance in cells; `direction` and `turn`: total variation. 0 for equal ones."""
         size = max(len(self.lengths), len(other.lengths))
         ours, theirs = (np.pad(s.lengths, (0, size - len(s.lengths))).cumsum() for s in (self, other))
         return {

@@ -1,6 +1,7 @@
 """The command `gaze-oat`: simulate scanpaths, evaluate them against human ones, train OAT on your own.
 
-Results go to stdout and files, progress and mistakes to stderr; exit code 2 is a mistake of the user's, told in one sentence.
+Results go to stdout and files, progress and mistakes to stderr; exit code 2 is a mistake of the user's, told in one
+sentence.
 """
 
 from collections.abc import Iterator
@@ -78,8 +79,10 @@ def simulate(
         if (boxes is None) == (grid is None):
             raise ScanpathProblem("say where the objects are with either --boxes FILE or --grid ROWSxCOLS")
         picture = jobs.open_image(image)
-        size = {"width": float(picture.width), "height": float(picture.height)}
-        layout = jobs.read_boxes(boxes, **size) if boxes else Layout.grid(*pair_of(grid or "", "--grid"), **size)
+        if boxes is not None:
+            layout = jobs.read_boxes(boxes, width=picture.width, height=picture.height)
+        else:
+            layout = Layout.grid(*pair_of(grid or "", "--grid"), width=picture.width, height=picture.height)
         if model is None:
             stderr.print(
                 "no --model: these paths come from the built-in searcher, learnt from simulated search, not people"
@@ -125,7 +128,8 @@ def evaluate(
         from gaze_oat.scanpaths import write_text
 
         config = evaluation.EvaluationConfig(
-            metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()), resamples=resamples, compat=compat,
+            metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+            resamples=resamples, compat=compat,
             reduce="best" if reduce == "best" else "mean",
         )  # fmt: skip
         if reduce not in ("mean", "best"):

@@ -1,7 +1,7 @@
 """Scanpaths as pictures: numbered fixations over the scene (PNG), and the same growing step by step (GIF).
 
-Colours run from early (dark) to late (light), circles carry the fixation's number, the target is framed. Files are written to a
-temporary name and renamed.
+Colours run from early (dark) to late (light), circles carry the fixation's number, the target is framed. Files are
+written to a temporary name and renamed.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def save_gif(
 def plot_paths(
     axes: "Axes", layout: Layout, paths: Sequence[np.ndarray], *, target: int | None = None, title: str = ""
 ) -> None:
-    """Several paths into one matplotlib panel, each in its own colour, a dot where it starts and a cross where it ends."""
+    """Several paths into one matplotlib panel, each in its colour; a dot where it starts, a cross where it ends."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 

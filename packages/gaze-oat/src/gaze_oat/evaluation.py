@@ -1,17 +1,19 @@
-"""Predicted scanpaths against human ones, and people against each other: every metric, by scene, with the pairing rule as an argument.
+"""Predicted scanpaths against human ones, and people against each other: every metric, every pairing rule stated.
 
 Pairing rules, stated since published scores differ by them more than by models:
 
     predicted with human   every predicted path of a scene with every human path of that scene
-    human with human       every two observers of a scene once (i < j), no path with itself, none of an observer with his own
+    human with human       every two observers of a scene once (i < j), nobody with himself
 
-A pairwise score is averaged over the pairs of a scene, then over scenes (`reduce="mean"`), or the best pair of each predicted path
-is taken first (`reduce="best"`, higher for any model and not comparable with the other).
+A pairwise score is averaged over the pairs of a scene, then over scenes (`reduce="mean"`), or the best pair of each
+predicted path is taken first (`reduce="best"`, higher for any model and not comparable with the other).
 
-Metrics: ss, fed, scanmatch, multimatch (four and their average), behaviour (five and delta), steps (three distances), nss.
+Metrics: ss, fed, scanmatch, multimatch (four and their average), behaviour (five and delta), steps (three distances),
+nss.
 
-Decided here: intervals are percentiles over scenes drawn anew with replacement; delta and step distances are recomputed from the drawn
-scenes on both sides; scores that are NaN (MultiMatch of paths with less than three fixations) do not count.
+Decided here: intervals are percentiles over scenes drawn anew with replacement; delta and step distances are recomputed
+from the drawn scenes on both sides; scores that are NaN (MultiMatch of paths with less than three fixations) do not
+count.
 
 Shapes: N paths, S scenes, K pairs.
 """
@@ -88,7 +90,8 @@ def evaluate(predicted: ScanpathData, human: ScanpathData, config: EvaluationCon
 def between_observers(human: ScanpathData, config: EvaluationConfig | None = None) -> pd.DataFrame:
     """People against people, the score to reach: each two observers of a scene once.
 
-    Behaviour and steps have no pairs: there each observer is compared with all others together, and the figure is the mean over observers.
+    Behaviour and steps have no pairs: there each observer is compared with all others together, and the figure is the
+    mean over observers.
     """
     config = config or EvaluationConfig()
     keys, owners = [path.scene for path in human], [path.subject for path in human]
@@ -146,7 +149,7 @@ def pairwise_scores(
 
 
 def grid_cells(data: ScanpathData, bins: tuple[int, int]) -> list[Int[np.ndarray, "n 2"]]:
-    """Cells of all paths: those of their objects, or, in scenes without a layout, of a grid of `bins` (columns, rows)."""
+    """Cells of all paths: their objects', or, if a scene has no layout, of a grid of `bins` (columns, rows)."""
     if all(scene.layout is not None for scene in data.scenes.values()):
         return cells_of(data)
     sizes = [data.scenes[p.scene] for p in data]

@@ -1,10 +1,10 @@
 """NSS: how far a map of predicted fixations stands out, in standard deviations, where people looked.
 
-Peters, Iyer, Itti, Koch, "Components of bottom-up gaze allocation in natural images", Vision Research 45, 2005; OAT's evaluation
-takes the binary map of all sampled fixations of a trial (Fang et al., ECCV 2024, arXiv:2407.13335).
+Peters, Iyer, Itti, Koch, "Components of bottom-up gaze allocation in natural images", Vision Research 45, 2005; OAT's
+evaluation takes the binary map of all sampled fixations of a trial (Fang et al., ECCV 2024, arXiv:2407.13335).
 
-Decided here: a constant map has no standard deviation, so NSS is NaN there; the map's resolution is the caller's: pixels as in OAT's
-evaluation, or grid cells (`width=cols, height=rows`), where single fixations can coincide.
+Decided here: a constant map has no standard deviation, so NSS is NaN there; the map's resolution is the caller's:
+pixels as in OAT's evaluation, or grid cells (`width=cols, height=rows`), where single fixations can coincide.
 
 Shapes: N points; H rows, W columns of the map.
 """

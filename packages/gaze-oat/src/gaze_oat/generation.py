@@ -1,9 +1,9 @@
 """Scanpaths step by step, all samples of a scene at once: one decoder token in, one object out, keys and values kept.
 
-The first step is a softmax over the P objects (a path has at least one fixation), later steps over the objects and stopping; PAD is
-never a choice. Fang et al., ECCV 2024, arXiv:2407.13335, section 3.7. The published loop encodes the scene anew at each step of each
-sample; here the encoder runs once and a step costs one token. The weights are those of torch's own layers, so the result is the
-full computation's (tested step by step).
+The first step is a softmax over the P objects (a path has at least one fixation), later steps over the objects and
+stopping; PAD is never a choice. Fang et al., ECCV 2024, arXiv:2407.13335, section 3.7. The published loop encodes the
+scene anew at each step of each sample; here the encoder runs once and a step costs one token. The weights are those of
+torch's own layers, so the result is the full computation's (tested step by step).
 
 Shapes: R paths still going, H heads, D width, P objects.
 """

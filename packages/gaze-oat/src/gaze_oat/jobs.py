@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_boxes(path: Path, *, width: float, height: float, rows: int | None = None, cols: int | None = None) -> Layout:
-    """Boxes of one scene: a JSON list of [x0, y0, x1, y1], a COCO file with one image, COCO detections, or a CSV of x0, y0, x1, y1."""
-    size = {"width": width, "height": height}
+    """Boxes of one scene: JSON list of [x0, y0, x1, y1], COCO file of one image, COCO detections, or CSV."""
+    size: dict[str, Any] = {"width": width, "height": height}
     if path.suffix.lower() == ".csv":
         return Layout.from_boxes(_boxes_of_csv(path), rows=rows, cols=cols, **size)
     document = read_json_file(path)
@@ -94,7 +95,7 @@ def objects_for(model: OATModel, image: Image.Image | None, layout: Layout, targ
     if model.config.crop_encoder == "features":
         if model.config.feature_size != 2:
             raise ScanpathProblem(
-                f"the model wants {model.config.feature_size} features an object of your own: call model.generate in Python"
+                f"the model wants {model.config.feature_size} features an object: call model.generate in Python"
             )
         return position_features(layout, target)
     if image is None:
@@ -185,10 +186,10 @@ def train(
     training: TrainingConfig,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> tuple[OATModel, ScanpathData]:
-    """Trains on 80 % of the scenes, validates on 10 %, and gives the model and the other 10 %. Goes on where `out` was stopped.
+    """Trains on 80 % of the scenes, validates on 10 %, gives model and the last 10 %. Goes on where it was stopped.
 
-    Without `images` (a folder with a file for each scene's name) objects are known by position alone, and crop_encoder must be
-    'features'. Grid size and longest path are taken from the data. `out` gets the model, log.json and run.json.
+    Without `images` (a folder with a file for each scene's name) objects are known by position alone, and crop_encoder
+    must be 'features'. Grid size and longest path are taken from the data. `out` gets the model, log.json and run.json.
     """
     parts = split_scenes(data.without_outliers(), seed=training.seed)
     layouts = [layout_of(data, name) for name in data.scenes]

@@ -1,12 +1,12 @@
 """Where the objects of a scene are: boxes in pixels, and the grid cell that each of them stands in.
 
-OAT attends over objects and knows their places as (row, column) of a grid. On a shelf the grid is given; for free-standing boxes
-row and column are those of the quantised box centre.
+OAT attends over objects and knows their places as (row, column) of a grid. On a shelf the grid is given; for
+free-standing boxes row and column are those of the quantised box centre.
 
 Fang et al., "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", ECCV 2024, arXiv:2407.13335.
-Decided here: a fixation belongs to the box that contains it, of several to the one whose centre is nearest, and outside all
-boxes to the nearest centre; boxes are half-open, so a point on a common edge belongs to the right or lower one; without rows
-and columns given, `from_boxes` takes cells of the median box size, but never more than 64 a side.
+Decided here: a fixation belongs to the box that contains it, of several to the one whose centre is nearest, and outside
+all boxes to the nearest centre; boxes are half-open, so a point on a common edge belongs to the right or lower one;
+without rows and columns given, `from_boxes` takes cells of the median box size, but never more than 64 a side.
 
 Shapes: P objects, N points; x to the right, y down, pixels.
 """
@@ -24,7 +24,7 @@ _MOST_CELLS = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Objects of one scene. Raises ScanpathProblem for boxes without area, outside the image, or cells outside the grid."""
+    """Objects of one scene. ScanpathProblem for boxes without area or outside the image, and cells outside the grid."""
 
     boxes: Float[np.ndarray, "P 4"]
     """x0, y0, x1, y1 of each object, pixels."""
@@ -116,14 +116,15 @@ def check_boxes(boxes: Float[np.ndarray, "P 4"], width: float, height: float) ->
     if wrong.any():
         first = int(wrong.argmax())
         raise ScanpathProblem(
-            f"box {first} is {boxes[first].tolist()}, which has no area: boxes are x0, y0, x1, y1 with x0 < x1 and y0 < y1"
+            f"box {first} is {boxes[first].tolist()}, which has no area: give x0, y0, x1, y1 with x0 < x1 and y0 < y1"
         )
     slack = 1e-6 * max(width, height)
     outside = (boxes < -slack).any(1) | (boxes[:, 2] > width + slack) | (boxes[:, 3] > height + slack)
     if outside.any():
         first = int(outside.argmax())
         raise ScanpathProblem(
-            f"box {first} is {boxes[first].tolist()}, outside the image of {width:g} x {height:g} pixels: clip it or leave it out"
+            f"box {first} is {boxes[first].tolist()}, outside the image of {width:g} x {height:g} pixels: "
+            "clip it or leave it out"
         )
 
 

@@ -1,20 +1,21 @@
 """MultiMatch: shape, direction, length and position similarity of two scanpaths, for thousands of pairs at once.
 
-Saccades u_i = f_(i+1) - f_i of both paths are aligned by the cheapest way through the matrix M_ij = |u_i - w_j| from corner to
-corner (steps right, down, diagonal; a step costs the cell it enters). Medians along the way, D the screen's diagonal:
+Saccades u_i = f_(i+1) - f_i of both paths are aligned by the cheapest way through the matrix M_ij = |u_i - w_j| from
+corner to corner (steps right, down, diagonal; a step costs the cell it enters). Medians along the way, D the screen's
+diagonal:
 
     vector      1 - median |u_i - w_j| / (2 D)
     direction   1 - median angle between them, in [0, pi] / pi
     length      1 - median ||u_i| - |w_j|| / D
     position    1 - median |start of u_i - start of w_j| / D
 
-Jarodzka, Holmqvist, Nyström, "A vector-based, multidimensional scanpath similarity measure", ETRA 2010; Dewhurst et al., Behavior
-Research Methods 44, 2012. Without simplification and without durations, as OAT's evaluation uses it.
+Jarodzka, Holmqvist, Nyström, "A vector-based, multidimensional scanpath similarity measure", ETRA 2010; Dewhurst et
+al., Behavior Research Methods 44, 2012. Without simplification and without durations, as OAT's evaluation uses it.
 
 Decided here: where two ways into a cell cost the same, the diagonal one is taken, then the one along the first path
 (`multimatch_gaze` leaves it to the order of a heap); paths with less than three fixations give NaN as there, and
-`compat=True` instead pads them with points (1, 1) up to three, as OAT's published evaluation does; a saccade of length 0 has
-angle 0, as there.
+`compat=True` instead pads them with points (1, 1) up to three, as OAT's published evaluation does; a saccade of length
+0 has angle 0, as there.
 
 Shapes: K pairs; m and n saccades.
 """

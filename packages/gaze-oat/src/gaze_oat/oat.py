@@ -1,23 +1,23 @@
 """OAT: an attention transformer over objects that says where the eyes go next while somebody searches for a target.
 
-Encoder tokens are the objects of a scene and, last, the target once more; decoder tokens are the objects looked at so far. The
-output points at one of the encoder's tokens, and pointing at the target token means "found, stop". So a model works for any
-number of objects, any layout and unseen targets.
+Encoder tokens are the objects of a scene and, last, the target once more; decoder tokens are the objects looked at so
+far. The output points at one of the encoder's tokens, and pointing at the target token means "found, stop". So a model
+works for any number of objects, any layout and unseen targets.
 
     token    = concat(v, concat(E[row], E[col], E[flag])[:width / 2])        v: object encoder, E: position code
     H_e      = encoder(objects, target);   H_d = causal decoder(BOS, o_1, ..., o_n; H_e)
-    A_e^k    = H_e W_e^k + b,  A_d^k = H_d W_d^k + b,  O^k = concat(A_d^k A_e^kT, 0) / sqrt(width)         k = 1..pointer_heads
+    A_e^k    = H_e W_e^k + b,  A_d^k = H_d W_d^k + b,  O^k = concat(A_d^k A_e^kT, 0) / sqrt(width), k = 1..heads
     p(next)  = softmax(readout(O^1, O^2, ...))      over P objects, TARGET (= stop), PAD
 
 Fang, Yu, Zhang, van der Lans, Shi, "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", ECCV 2024,
 arXiv:2407.13335, sections 3.1 to 3.5.
 
-Decided here: the target's copy among the objects keeps flag 0 in the encoder, and flag 1 in the decoder, as published; the blank crop
-of BOS is ones (features: zeros); the position code is the closed form of the published solver's problem; PAD's column is kept in
-training (`pad_logit`) and never chosen; batches may mix scenes with different numbers of objects (masked).
-`anisotropic` and `offset_bias` are ours. The first measures row distances in cell widths and gives the flag codes of its own; the
-second adds a learnt score for the step (rows, columns) from the last object to each candidate, as cosines alone cannot tell left
-from right.
+Decided here: the target's copy among the objects keeps flag 0 in the encoder, and flag 1 in the decoder, as published;
+the blank crop of BOS is ones (features: zeros); the position code is the closed form of the published solver's problem;
+PAD's column is kept in training (`pad_logit`) and never chosen; batches may mix scenes with different numbers of
+objects (masked). `anisotropic` and `offset_bias` are ours. The first measures row distances in cell widths and gives
+the flag codes of its own; the second adds a learnt score for the step (rows, columns) from the last object to each
+candidate, as cosines alone cannot tell left from right.
 
 Shapes: B scenes, P objects, n fixations, L = n + 1 decoder tokens, D width.
 """
@@ -26,6 +26,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class OATConfig:
     sigma: float = 2.0
     """Width of the position code's Gaussian, cells."""
     position_code: Kind = "closed"
-    """closed, solved (the paper's optimiser, some seconds), or an ablation: sinusoid, linear, exp1, exp2, original_update."""
+    """closed, solved (the paper's optimiser), or an ablation: sinusoid, linear, exp1, exp2, original_update."""
     anisotropic: bool = False
     """Row distances count `cell_aspect` each, and the flag does not share the table. False: as published."""
     cell_aspect: float = 1.0
@@ -162,7 +163,7 @@ class Encoded:
 
 
 class OATModel(nn.Module):
-    """Object-level Attention Transformer. An ordinary module: `model(scenes, paths)` gives logits, `model.generate(...)` paths."""
+    """Object-level Attention Transformer: `model(scenes, paths)` gives logits, `model.generate(...)` paths."""
 
     row_table: Tensor
     col_table: Tensor
@@ -176,7 +177,7 @@ class OATModel(nn.Module):
         columns = -(-half // 3)
         for name, table in _tables(c, columns).items():
             self.register_buffer(name, table)
-        common = {
+        common: dict[str, Any] = {
             "d_model": c.width, "nhead": c.num_heads, "dim_feedforward": c.feedforward, "dropout": c.dropout,
             "batch_first": True,
         }  # fmt: skip
@@ -192,7 +193,7 @@ class OATModel(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, scenes: SceneBatch, paths: Int[Tensor, "B n"]) -> Float[Tensor, "B n+1 P+2"]:
-        """Logits of each next decision under teacher forcing, over P objects, stopping and PAD; -inf for absent objects.
+        """Logits of each next decision under teacher forcing: P objects, stopping, PAD; -inf for absent objects.
 
         Args:
             scenes: B scenes.
@@ -230,7 +231,7 @@ class OATModel(nn.Module):
 
     def decoder_tokens(self, encoded: Encoded, paths: Int[Tensor, "B n"]) -> Float[Tensor, "B n+1 D"]:
         """BOS and the objects of each path, with the sinusoidal code of their time and dropout."""
-        ids = torch.cat([torch.full_like(paths[:, :1], encoded.tokens.shape[1] - 1), paths.clamp(min=0)], 1)
+        ids = nn.functional.pad(paths.clamp(min=0), (1, 0), value=encoded.tokens.shape[1] - 1)
         tokens = _rows(encoded.tokens, ids)
         return self.dropout(tokens + self.time_code(torch.arange(ids.shape[1], device=ids.device)))
 
@@ -291,7 +292,7 @@ class OATModel(nn.Module):
     def probabilities(
         self, objects: Float[Tensor, "P ..."], layout: Layout, target: int, paths: Sequence[Sequence[int] | np.ndarray]
     ) -> list[Float[np.ndarray, "n+1 P+1"]]:
-        """p(next object or stop) before each decision of given paths, under the rules of inference: no PAD, no stop at once."""
+        """p(next object or stop) before each decision of given paths, as in inference: no PAD, no stop at once."""
         lengths = [len(path) for path in paths]
         ids = torch.full((len(paths), max(lengths)), -1)
         for row, path in zip(ids, paths, strict=True):

@@ -9,13 +9,14 @@ The paper's CNN (Fang et al., ECCV 2024, arXiv:2407.13335, figure 2):
 
 For crops of varying size the last pooling becomes a spatial pyramid: maxima over 1, 4, 16, 64 bins (2, 3 or 4 levels).
 
-Decided here: all crops are min-max scaled to [0, 1] on their own (the published book-cover script leaves one data set unscaled);
-a crop of a single colour becomes 0; a timm backbone is followed by a linear layer and starts from random weights unless the
-caller loads others.
+Decided here: all crops are min-max scaled to [0, 1] on their own (the published book-cover script leaves one data set
+unscaled); a crop of a single colour becomes 0; a timm backbone is followed by a linear layer and starts from random
+weights unless the caller loads others.
 
 Shapes: B scenes, P objects, V features; h, w pixels of a crop.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,8 +98,10 @@ def crop_objects(image: "Image.Image", layout: Layout, *, crop_size: tuple[int, 
     picture = image.convert("RGB")
     scale = np.array([picture.width / layout.width, picture.height / layout.height] * 2)
     crops = []
-    for box in layout.boxes * scale:
-        piece = picture.resize(crop_size[::-1], Image.Resampling.BILINEAR, box=tuple(box.tolist()))
+    for x0, y0, x1, y1 in (layout.boxes * scale).tolist():
+        # cut first: a resize with a box looks over the box's edge
+        piece = picture.crop((math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)))
+        piece = piece.resize(crop_size[::-1], Image.Resampling.BILINEAR)
         crops.append(torch.from_numpy(np.array(piece)).permute(2, 0, 1).float())
     return scale_crops(torch.stack(crops))
 
@@ -110,7 +113,7 @@ def scale_crops(crops: Float[Tensor, "P 3 h w"]) -> Float[Tensor, "P 3 h w"]:
 
 
 def position_features(layout: Layout, target: int) -> Float[Tensor, "P 2"]:
-    """Objects without pictures, for crop_encoder='features' with feature_size=2: a constant, and whether it is the target."""
+    """Objects without pictures (crop_encoder='features', feature_size=2): a constant, and whether it is the target."""
     features = torch.zeros(len(layout), 2)
     features[:, 0] = 1.0
     features[target, 1] = 1.0

@@ -1,8 +1,8 @@
-"""Which paths are compared with which, stated as index pairs, and how thousands of pairs are laid out for one sweep of numpy.
+"""Which paths are compared with which, as index pairs, and how thousands of pairs are laid out for numpy.
 
-Every pairwise metric of this package takes two lists of paths and `pairs`, (K, 2) indices into them. Scores in the literature
-differ by as much as 0.51 against 0.64 on one data set because pairings differ (a path compared with itself raises the human
-score), so the rule is an argument here and never a habit.
+Every pairwise metric of this package takes two lists of paths and `pairs`, (K, 2) indices into them. Scores in the
+literature differ by as much as 0.51 against 0.64 on one data set because pairings differ (a path compared with itself
+raises the human score), so the rule is an argument here and never a habit.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,9 @@
 """OAT's object attention: decoder states point at encoder states, so that there are as many outputs as objects.
 
-    A_e^k = H_e W_e^k + b,   A_d^k = H_d W_d^k + b,   O^k = concat(A_d^k A_e^kT, 0) / sqrt(D),   O = readout(O^1, ..., O^N)
+    A_e^k = H_e W_e^k + b,  A_d^k = H_d W_d^k + b,  O^k = concat(A_d^k A_e^kT, 0) / sqrt(D), O = readout(O^1, ..., O^N)
 
-Fang et al., ECCV 2024, arXiv:2407.13335, section 3.5. The zero column belongs to PAD, so PAD's logit is the readout's bias, or 0 with
-one head, which has no readout.
+Fang et al., ECCV 2024, arXiv:2407.13335, section 3.5. The zero column belongs to PAD, so PAD's logit is the readout's
+bias, or 0 with one head, which has no readout.
 
 Shapes: B scenes, L decoder tokens, S encoder tokens, D width, N heads.
 """

@@ -1,16 +1,17 @@
 """Position codes of OAT: one vector for each grid index, whose cosines say how far two indices are apart.
 
-Wanted: cos(E_i, E_j) = exp(-(i - j)^2 / (2 sigma^2)), and equal norms. The paper finds E by gradient descent, once, before training:
+Wanted: cos(E_i, E_j) = exp(-(i - j)^2 / (2 sigma^2)), and equal norms. The paper finds E by gradient descent, once,
+before training:
 
     minimise over W ~ N(0, 1), (n, 86):
-        [ sum_ij (cos(W_i, W_j) - target_ij)^2 + mean_i (|W_i| - mean |W|)^2 ] / (n (n - 1))        Adam, lr 0.01, 10,000 steps
+        [ sum_ij (cos(W_i, W_j) - target_ij)^2 + mean_i (|W_i| - mean |W|)^2 ] / (n (n - 1)) Adam, lr 0.01, 10,000 steps
 
 The Gaussian Gram matrix is positive definite, so its factor is the answer in closed form: exact and instant.
 Fang et al., ECCV 2024, arXiv:2407.13335, "distance-based positional encoding"; the other codes are its ablation.
 
-Decided here: `closed` orders columns by their weight, so that a table narrower than n, and OAT's cut of the last columns, lose the
-least; its rows have norm sqrt(columns), as if entries had variance 1. The paper writes the ablation's frequencies as i^alpha / c and
-(i / c)^alpha; i counts sine-cosine pairs from 1 and alpha is 0.9.
+Decided here: `closed` orders columns by their weight, so that a table narrower than n, and OAT's cut of the last
+columns, lose the least; its rows have norm sqrt(columns), as if entries had variance 1. The paper writes the ablation's
+frequencies as i^alpha / c and (i / c)^alpha; i counts sine-cosine pairs from 1 and alpha is 0.9.
 
 Shapes: n indices, C columns.
 """
@@ -66,7 +67,7 @@ def solved_code(
 
 
 def closed_code(n: int, columns: int = 86, *, sigma: float = 2.0) -> Float[Tensor, "n C"]:
-    """Factor of the Gaussian Gram matrix, float64; exact for columns >= n, else the nearest of that rank, rows renormalised."""
+    """Factor of the Gaussian Gram matrix, float64; exact for columns >= n, else nearest of that rank, renormalised."""
     _check_columns(columns)
     values, vectors = torch.linalg.eigh(gaussian_gram(n, sigma))
     factor = (vectors * values.clamp(min=0).sqrt()).flip(-1)[:, :columns]

@@ -1,11 +1,12 @@
 """Readers of published scanpath data: Amazon book covers (Sattar et al. 2015) and COCO-Search18.
 
-Amazon covers: one JSON, image name -> {fixations: {observer: [[x, y], ...]}, ground_truth: [box], size, target}. The collages
-have 6 x 14 covers; OAT's objects are the cells of that grid and the target is the cell around the centre of the ground truth.
-Sattar et al., "Prediction of Search Targets From Fixations in Open-World Settings", CVPR 2015; JSON by Stauden et al., KI 2018.
+Amazon covers: one JSON, image name -> {fixations: {observer: [[x, y], ...]}, ground_truth: [box], size, target}. The
+collages have 6 x 14 covers; OAT's objects are the cells of that grid and the target is the cell around the centre of
+the ground truth. Sattar et al., "Prediction of Search Targets From Fixations in Open-World Settings", CVPR 2015; JSON
+by Stauden et al., KI 2018.
 
-Decided here: one record for each (image, observer), where the published OAT preprocessing aliases all six observers of an image
-to the last one; the grid is uniform, as the covers' own boxes are not part of the data.
+Decided here: one record for each (image, observer), where the published OAT preprocessing aliases all six observers of
+an image to the last one; the grid is uniform, as the covers' own boxes are not part of the data.
 """
 
 import json

@@ -1,12 +1,13 @@
 """Scanpaths and the scenes they were looked at in: a small data model, checked, as JSON and CSV.
 
-The JSON has COCO's tables, `images` and `annotations` (boxes as x, y, width, height), and a third, `scanpaths`, whose records
-carry COCO-Search18's names: X, Y, T (durations, milliseconds), subject. The CSV has one row a fixation. Both are written to a
-temporary name and renamed.
+The JSON has COCO's tables, `images` and `annotations` (boxes as x, y, width, height), and a third, `scanpaths`, whose
+records carry COCO-Search18's names: X, Y, T (durations, milliseconds), subject. The CSV has one row a fixation. Both
+are written to a temporary name and renamed.
 
-Decided here: object ids count from 0 in the order of a scene's boxes; a path's objects, where they are not given, follow from its
-points by `Layout.object_at`, and its points, where they are not given, are the objects' centres; fixations outside the image
-are refused, not moved (`drop_outside=True` leaves them out and says how many in the log); nothing empty is accepted.
+Decided here: object ids count from 0 in the order of a scene's boxes; a path's objects, where they are not given,
+follow from its points by `Layout.object_at`, and its points, where they are not given, are the objects' centres;
+fixations outside the image are refused, not moved (`drop_outside=True` leaves them out and says how many in the log);
+nothing empty is accepted.
 """
 
 import json
@@ -49,7 +50,7 @@ class Scene:
             raise ScanpathProblem(f"scene '{self.name}' is {self.width} x {self.height} pixels: both must be positive")
         if self.target is not None and self.layout is not None and not 0 <= self.target < len(self.layout):
             raise ScanpathProblem(
-                f"scene '{self.name}' has target {self.target}, but its objects are numbered 0 to {len(self.layout) - 1}"
+                f"scene '{self.name}' has target {self.target}, but its objects are 0 to {len(self.layout) - 1}"
             )
 
 
@@ -130,7 +131,7 @@ class ScanpathData:
         return ScanpathData([self.scenes[name] for name in names], paths)
 
     def without_outliers(self, deviations: float = 3.0) -> "ScanpathData":
-        """Without paths whose length is further than so many standard deviations from the mean length (the paper: 3)."""
+        """Without paths whose length is further than so many standard deviations from the mean (the paper: 3)."""
         lengths = np.array([len(path) for path in self.scanpaths])
         kept = np.abs(lengths - lengths.mean()) <= deviations * lengths.std()
         return ScanpathData(self.scenes.values(), [p for p, keep in zip(self.scanpaths, kept, strict=True) if keep])
@@ -145,21 +146,22 @@ def _checked(path: Scanpath, scenes: Mapping[str, Scene], drop_outside: bool) ->
     if outside.any() and not drop_outside:
         first = int(outside.argmax())
         raise ScanpathProblem(
-            f"fixation {first} of '{path.subject}' on '{path.scene}' is at {path.points[first].tolist()}, outside the image of "
-            f"{scene.width:g} x {scene.height:g} pixels: correct it, or leave such fixations out with drop_outside=True"
+            f"fixation {first} of '{path.subject}' on '{path.scene}' is at {path.points[first].tolist()}, "
+            f"outside the image of {scene.width:g} x {scene.height:g} pixels: "
+            "correct it, or leave such fixations out with drop_outside=True"
         )
     if outside.any():
         log.info("left out %d fixations of '%s' outside '%s'", outside.sum(), path.subject, path.scene)
         if outside.all():
             return None
-        parts = {name: getattr(path, name) for name in ("points", "objects", "durations")}
-        path = replace(path, **{name: part if part is None else part[~outside] for name, part in parts.items()})
+        kept: dict[str, Any] = {name: getattr(path, name) for name in ("points", "objects", "durations")}
+        path = replace(path, **{name: None if part is None else part[~outside] for name, part in kept.items()})
     if path.objects is None:
         return path if scene.layout is None else replace(path, objects=scene.layout.object_at(path.points))
     most = np.inf if scene.layout is None else len(scene.layout)
     if (path.objects < 0).any() or (path.objects >= most).any():
         raise ScanpathProblem(
-            f"'{path.subject}' on '{path.scene}' looks at object {path.objects.max()}, but objects are 0 to {most - 1:g}"
+            f"'{path.subject}' on '{path.scene}' looks at object {path.objects.max()}; there are 0 to {most - 1:g}"
         )
     return path
 
@@ -196,7 +198,8 @@ def read_json_file(path: Path) -> Any:
 
 def write_json(data: ScanpathData, path: Path) -> None:
     """`images`, `annotations` and `scanpaths` in one COCO-like document."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for scene in data.scenes.values():
         record: dict[str, Any] = {"id": scene.name, "width": scene.width, "height": scene.height, "group": scene.group}
         record["target"] = scene.target
@@ -205,8 +208,8 @@ def write_json(data: ScanpathData, path: Path) -> None:
             for number, (box, cell) in enumerate(zip(scene.layout.boxes, scene.layout.cells, strict=True)):
                 x0, y0, x1, y1 = box.tolist()
                 annotations.append({
-                    "id": len(annotations), "image_id": scene.name, "object": number, "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "cell": cell.tolist(),
+                    "id": len(annotations), "image_id": scene.name, "object": number,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "cell": cell.tolist(),
                 })  # fmt: skip
         images.append(record)
     paths = [
@@ -224,7 +227,7 @@ def write_json(data: ScanpathData, path: Path) -> None:
 
 
 def read_json(path: Path, *, drop_outside: bool = False) -> ScanpathData:
-    """What `write_json` writes, and any COCO file with a `scanpaths` table. Rows, columns, cells, T and objects may be missing."""
+    """What `write_json` writes, or a COCO file with `scanpaths`. Rows, cols, cells, T and objects may be missing."""
     document = read_json_file(path)
     missing = [name for name in ("images", "scanpaths") if not isinstance(document, dict) or name not in document]
     if missing:
@@ -281,7 +284,8 @@ def write_csv(data: ScanpathData, path: Path) -> None:
     for p in data:
         scene = data.scenes[p.scene]
         rows.append(pd.DataFrame({
-            "scene": p.scene, "subject": p.subject, "index": np.arange(len(p)), "x": p.points[:, 0], "y": p.points[:, 1],
+            "scene": p.scene, "subject": p.subject, "index": np.arange(len(p)),
+            "x": p.points[:, 0], "y": p.points[:, 1],
             "object": pd.array([None] * len(p) if p.objects is None else p.objects.tolist(), "Int64"),
             "duration": np.nan if p.durations is None else p.durations,
             "target": pd.array([scene.target] * len(p), "Int64"), "width": scene.width, "height": scene.height,
@@ -296,10 +300,10 @@ def read_csv(
     screen: tuple[float, float] | None = None,
     drop_outside: bool = False,
 ) -> ScanpathData:
-    """Fixations as rows. Needs scene, subject, index, x, y; without `scenes` also width and height, or `screen` in pixels.
+    """Fixations as rows: scene, subject, index, x, y; without `scenes` also width and height, or `screen` in pixels.
 
-    Columns object, duration and target are used where they are. Raises ScanpathProblem for missing columns, cells that are no
-    numbers, and one (scene, subject, index) given twice.
+    Columns object, duration and target are used where they are. Raises ScanpathProblem for missing columns, cells that
+    are no numbers, and one (scene, subject, index) given twice.
     """
     table = _table(path)
     if scenes is None:
@@ -310,7 +314,7 @@ def read_csv(
             name: own[name].to_numpy() for name in ("object", "duration") if name in own and own[name].notna().all()
         }
         paths.append(Scanpath(
-            scene=scene, subject=subject, points=own[["x", "y"]].to_numpy(float),
+            scene=str(scene), subject=str(subject), points=own[["x", "y"]].to_numpy(float),
             objects=given["object"].astype(int) if "object" in given else None, durations=given.get("duration"),
         ))  # fmt: skip
     return ScanpathData(scenes, paths, drop_outside=drop_outside)
@@ -336,8 +340,10 @@ def _table(path: Path) -> pd.DataFrame:
         table[name] = numbers
     twice = table.duplicated(["scene", "subject", "index"])
     if twice.any():
-        row = table[twice].iloc[0]
-        raise ScanpathProblem(f"'{path}' has fixation {row['index']} of '{row.subject}' on '{row.scene}' twice")
+        double = table[twice].iloc[0]
+        raise ScanpathProblem(
+            f"'{path}' has fixation {double['index']} of '{double['subject']}' on '{double['scene']}' twice"
+        )
     return table
 
 

@@ -1,16 +1,17 @@
-"""Sequence Score, fixation edit distance and ScanMatch: dynamic programmes over thousands of pairs of scanpaths at once.
+"""Sequence Score, fixation edit distance and ScanMatch: dynamic programmes over thousands of pairs at once.
 
-    Sequence Score   Needleman-Wunsch with match 1, mismatch 0, gap 0, over max(m, n); with these costs LCS(a, b) / max(m, n)
+    Sequence Score   Needleman-Wunsch with match 1, mismatch 0, gap 0, over max(m, n); this is LCS(a, b) / max(m, n)
     FED              Levenshtein distance with unit costs, not normalised
     ScanMatch        Needleman-Wunsch with S_ij = T - |cell_i - cell_j| and gap 0, over T max(m, n)
 
-Yang et al., "Predicting Goal-directed Human Attention Using Inverse Reinforcement Learning", CVPR 2020 (Sequence Score); Cristino
-et al., "ScanMatch", Behavior Research Methods 42, 2010; Levenshtein 1966. `gaze_oat.reference` has the textbook loops.
+Yang et al., "Predicting Goal-directed Human Attention Using Inverse Reinforcement Learning", CVPR 2020 (Sequence
+Score); Cristino et al., "ScanMatch", Behavior Research Methods 42, 2010; Levenshtein 1966. `gaze_oat.reference` has the
+textbook loops.
 
-Decided here: ids are compared as they are (the Sequence Score of the literature first clusters fixations; objects are the
-clusters here); ScanMatch has no durations, as in the paper's evaluation; T defaults to 3.5 cells.
-With gap 0 the value left of a cell is carried on unchanged, and with gap 1 up to a ramp, so a row needs no loop over its cells:
-it is a running maximum.
+Decided here: ids are compared as they are (the Sequence Score of the literature first clusters fixations; objects are
+the clusters here); ScanMatch has no durations, as in the paper's evaluation; T defaults to 3.5 cells. With gap 0 the
+value left of a cell is carried on unchanged, and with gap 1 up to a ramp, so a row needs no loop over its cells: it is
+a running maximum.
 
 Shapes: K pairs, m and n fixations of the two paths.
 """
@@ -43,7 +44,7 @@ def sequence_score(first: Paths, second: Paths, pairs: Pairs | None = None) -> F
 
 
 def edit_distance(first: Paths, second: Paths, pairs: Pairs | None = None) -> Int[np.ndarray, "K"]:
-    """Insertions, deletions and substitutions that turn one id sequence into the other (FED). Arguments as `sequence_score`."""
+    """FED: insertions, deletions and substitutions that turn one path into the other. Arguments as `sequence_score`."""
     first, second = check_paths("first", first, None), check_paths("second", second, None)
     pairs = check_pairs(len(first), len(second), pairs)
     distances = np.zeros(len(pairs), int)

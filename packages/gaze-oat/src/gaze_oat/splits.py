@@ -1,9 +1,10 @@
 """Splits by scene, so that no path on a test scene is ever trained on.
 
-The paper draws one permutation of the trials of each category, 80 / 10 / 10; a trial there is an image, seen by all its observers.
+The paper draws one permutation of the trials of each category, 80 / 10 / 10; a trial there is an image, seen by all its
+observers.
 
-Decided here: scenes of a group (`Scene.group`, the target's category) are spread evenly; `leave_one_group_out` is the paper's test
-of generalisation to targets and layouts never seen.
+Decided here: scenes of a group (`Scene.group`, the target's category) are spread evenly; `leave_one_group_out` is the
+paper's test of generalisation to targets and layouts never seen.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def scene_folds(data: ScanpathData, folds: int, *, seed: int = 1234) -> list[lis
 def split_scenes(
     data: ScanpathData, *, shares: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 1234
 ) -> tuple[ScanpathData, ScanpathData, ScanpathData]:
-    """Training, validation and test data, disjoint in scenes, each group cut by the same shares; none may end up empty."""
+    """Training, validation and test data, disjoint in scenes, each group cut by the same shares; none empty."""
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise ScanpathProblem(f"shares must be non-negative and add up to 1, got {shares}")
     rng = np.random.default_rng(seed)

@@ -1,13 +1,13 @@
-"""Scenes and searchers that are made up: shelves of coloured products, a reader that scans row by row, and a guided searcher.
+"""Scenes and searchers that are made up: shelves of coloured products, a row-by-row reader, and a guided searcher.
 
-They are for tests, for demonstrations, and for the built-in model, which may learn from no one's data. The guided searcher moves as
-models of visual search say people do (Wolfe, "Guided Search 6.0", Psychonomic Bulletin & Review 28, 2021): to near objects, to
-objects that look like the target, seldom back, and it now and then overlooks the target.
+They are for tests, for demonstrations, and for the built-in model, which may learn from no one's data. The guided
+searcher moves as models of visual search say people do (Wolfe, "Guided Search 6.0", Psychonomic Bulletin & Review 28,
+2021): to near objects, to objects that look like the target, seldom back, and it now and then overlooks the target.
 
     p(o) ~ exp(-distance / reach) * exp(guidance * similarity(o, target)) * (revisit if o was seen else 1)
 
-Decided here: distances are in cells of the median box; similarity is 1 - distance of the mean colours / 255, at least 0; a
-share `refix` of fixations stays on the object.
+Decided here: distances are in cells of the median box; similarity is 1 - distance of the mean colours / 255, at least
+0; a share `refix` of fixations stays on the object.
 
 Shapes: P objects.
 """
@@ -58,7 +58,7 @@ def draw_shelf(
     boxes = []
     for number, colour in enumerate(colours.tolist()):
         x, y = number % cols * width, number // cols * height
-        inset, top = int(width * rng.uniform(0.1, 0.22)), int(height * rng.uniform(0.08, 0.2))
+        inset, top = int(width * rng.uniform(0.1, 0.22)), 6 + int(height * rng.uniform(0.02, 0.15))
         box = (x + inset, y + top, x + width - inset, y + height - 6)
         draw.rounded_rectangle(box, radius=width // 10, fill=tuple(colour))
         middle = (box[1] + box[3]) // 2

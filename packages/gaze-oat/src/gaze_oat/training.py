@@ -1,20 +1,21 @@
-"""Training of OAT: teacher forcing, early stop on how well greedy paths behave, every epoch saved so that a stopped run goes on.
+"""Training of OAT: teacher forcing, early stop on how greedy paths behave, runs that go on where they were stopped.
 
-Cross-entropy over P objects, stopping and PAD, mean over valid decisions; Adam at 1e-4, batches of 20, gradients clipped at 1, at most
-500 epochs, stop after 30 epochs without a better behaviour delta of greedy paths on validation, best weights kept.
-Fang et al., ECCV 2024, arXiv:2407.13335, sections 3.6 and 4.
+Cross-entropy over P objects, stopping and PAD, mean over valid decisions; Adam at 1e-4, batches of 20, gradients
+clipped at 1, at most 500 epochs, stop after 30 epochs without a better behaviour delta of greedy paths on validation,
+best weights kept. Fang et al., ECCV 2024, arXiv:2407.13335, sections 3.6 and 4.
 
-Decided here: delta on a few validation scenes is noisy, so `monitor="nll"` watches the likelihood of human paths instead; each epoch
-seeds its own order and dropout, so a resumed run is the run that was not stopped; `mirror` shows each scene also mirrored left to
-right and `weight_decay` is decoupled (both ours, off by default).
+Decided here: delta on a few validation scenes is noisy, so `monitor="nll"` watches the likelihood of human paths
+instead; each epoch seeds its own order and dropout, so a resumed run is the run that was not stopped; `mirror` shows
+each scene also mirrored left to right and `weight_decay` is decoupled (both ours, off by default).
 
 Shapes: B trials, n fixations, L = n + 1 decisions, P objects.
 """
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +66,9 @@ class TrainingConfig:
     batch_size: int = 20
     """Trials."""
     lr: float = 1e-4
-    """Adam's, constant."""
+    """Adam's."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: from lr to 0 over `epochs`; the paper's is constant."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     patience: int = 30
@@ -82,6 +85,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.patience) < 1 or not (self.lr > 0 and self.clip > 0):
             raise ScanpathProblem("epochs, batch_size, patience, lr and clip must be positive")
+        if self.schedule not in ("constant", "cosine"):
+            raise ScanpathProblem(f"schedule must be 'constant' or 'cosine', got '{self.schedule}'")
         if self.monitor not in ("delta", "nll"):
             raise ScanpathProblem(f"monitor must be 'delta' or 'nll', got '{self.monitor}'")
 
@@ -130,9 +135,9 @@ def collate(trials: Sequence[Trial], mirrored: Sequence[bool] | None = None) -> 
 
 def validation_score(model: OATModel, trials: Sequence[Trial], monitor: Literal["delta", "nll"]) -> float:
     """Behaviour delta of one greedy path a scene, or NLL of the human paths; lower is better."""
-    scenes: dict[str, list[Trial]] = {}
+    scenes: dict[tuple[str, int], list[Trial]] = {}
     for trial in trials:
-        scenes.setdefault(trial.scene, []).append(trial)
+        scenes.setdefault((trial.scene, trial.target), []).append(trial)
     if monitor == "nll":
         done = []
         for own in scenes.values():
@@ -144,11 +149,11 @@ def validation_score(model: OATModel, trials: Sequence[Trial], monitor: Literal[
     paths = [model.generate(t.objects, t.layout, t.target, greedy=True).paths[0] for t in first]
     ours = behaviour_means(behaviour(paths, [trial.target for trial in first]), names)
     human = behaviour([trial.path for trial in trials], [trial.target for trial in trials])
-    return behaviour_delta(ours, behaviour_means(human, [trial.scene for trial in trials]))
+    return behaviour_delta(ours, behaviour_means(human, [(trial.scene, trial.target) for trial in trials]))
 
 
 class OATTrainer:
-    """One training run. `run()` goes on from `folder` where a run of the same settings was stopped; `model` ends with the best weights.
+    """One training run. `run()` goes on where a run in `folder` was stopped; `model` ends with the best weights.
 
     `folder` gets last.pt (state to go on from), log.json, and the best model as `OATModel.save` writes it.
     """
@@ -201,6 +206,9 @@ class OATTrainer:
         self.model.train()
         device = self.model.row_table.device
         total, count = 0.0, 0
+        if self.config.schedule == "cosine":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * (1 + math.cos(math.pi * number / self.config.epochs)) / 2
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed * 100_003 + number)
             order = torch.randperm(len(self.training)).tolist()
@@ -220,7 +228,9 @@ class OATTrainer:
         return total / count
 
     def _settings(self) -> dict[str, Any]:
-        plain = {"model": asdict(self.model.config), "training": asdict(replace(self.config, epochs=1, patience=1))}
+        """What must be the same to go on; a constant run may go on for longer."""
+        longer = {"epochs": 1, "patience": 1} if self.config.schedule == "constant" else {}
+        plain = {"model": asdict(self.model.config), "training": asdict(self.config) | longer}
         return json.loads(json.dumps(plain))
 
     def _save(self) -> None:
