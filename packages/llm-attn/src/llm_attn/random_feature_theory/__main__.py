@@ -227,7 +227,7 @@ def _draw_qk(path: Path | None, out: Path, seed: int) -> claims.Claim:
         torch.manual_seed(seed)
         random = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     pictures = [[qk_mean(model, at) for at in range(num_attention_layers(model))] for model in (trained, random)]
-    figures.draw_diagonals(*pictures, f"{folder.name}: how far the diagonal stands out", out / "qk.png")
+    figures.draw_diagonals(pictures[0], pictures[1], f"{folder.name}: how far the diagonal stands out", out / "qk.png")
     ratios = [[figures.diagonal_ratio(matrix) for matrix in of_model] for of_model in pictures]
     highest = max(ratios[1])
     return claims.Claim(

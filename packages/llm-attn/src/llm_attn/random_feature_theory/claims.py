@@ -43,7 +43,7 @@ def head_claims(runs: Runs) -> Iterator[Claim]:
         excess = [mean_and_spread(runs, model, target, str(count))[0] - limit for count in counts]
         # below a few per cent of the limit the excess is noise of the draw of the heads
         steep = [(c, e) for c, e in zip(counts, excess, strict=True) if e > 0.05 * limit]
-        slope = float(np.polyfit(*np.log(np.array(steep).T), 1)[0]) if len(steep) > 1 else math.nan
+        slope = _slope(*zip(*steep, strict=True)) if len(steep) > 1 else math.nan
         measured = (
             f"excess over infinitely many heads {excess[0]:.3f} at M={counts[0]}, {excess[-1]:.3f} at M={counts[-1]}"
         )
@@ -125,9 +125,14 @@ def _harder(runs: Runs, targets: Sequence[str], model: str) -> Claim:
 def _rate(runs: Runs, model: str, target: str) -> Claim:
     sizes = runs[0]["config"]["sizes"][-4:]
     errors = [mean_and_spread(runs, model, target, str(n))[0] for n in sizes]
-    slope = float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
+    slope = _slope(sizes, errors)
     return Claim(
         f"{model} on {target}: the excess risk falls at least as n^-1/2 (theorem 2)",
         slope <= -0.5,
         f"slope {slope:.2f} in log n over n={sizes[0]}..{sizes[-1]}",
     )
+
+
+def _slope(at: Sequence[float], values: Sequence[float]) -> float:
+    """Of a line through the logarithms."""
+    return float(np.polyfit(np.log(at), np.log(values), 1)[0])

@@ -48,11 +48,13 @@ def draw_samples(runs: Runs, targets: Sequence[str], title: str, path: Path) -> 
 def draw_complexity(runs: Runs, path: Path) -> Path:
     """Test error against the degree p or q and against the mixing g, at three n (E3)."""
     sizes = runs[0]["config"]["sizes"][::-2][:3][::-1]
-    families = {
+    families: dict[str, dict[float, str]] = {
         "degree p of the average": {p: f"average p={p}" for p in (1, 2, 3, 4)},
         "degree q of the correlation": {q: f"correlation q={q}" for q in (1, 2, 3, 4)},
         "share g of the correlation q=1\nin a mixture with the average p=2": {
-            g: {0: "average p=2", 1: "correlation q=1"}.get(g, f"mixture g={g:g}") for g in (0, 0.25, 0.5, 0.75, 1)
+            0: "average p=2",
+            **{g: f"mixture g={g}" for g in (0.25, 0.5, 0.75)},
+            1: "correlation q=1",
         },
     }
     figure = Figure(figsize=(11.6, 4.1), layout="constrained")

@@ -120,7 +120,7 @@ def head_kernel(
     if left.query.shape[-1] != right.query.shape[-1]:
         raise ValueError(f"samples must agree on d, got {sets.d} and {right.query.shape[-1] - 1}")
     out = left.query.new_zeros(len(left.query), len(right.query))
-    tiles = list(_tiles(*out.shape, symmetric))
+    tiles = list(_tiles(len(left.query), len(right.query), symmetric))
     for done, (rows, columns) in enumerate(tiles, 1):
         out[rows, columns] = _tile(left, right, rows, columns, exact)
         if on_tile is not None:

@@ -36,9 +36,9 @@ class _SetRegressor:
     alpha: Alpha
     random_state: int
     alpha_: Float[Tensor, "targets"]
-    coef_: Float[Tensor, "features targets"] | None
-    dual_coef_: Float[Tensor, "n targets"] | None
-    kernel_: Float[Tensor, "n n"] | None
+    coef_: Any  # each a tensor or None: see `fit`
+    dual_coef_: Any
+    kernel_: Any
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
         """Settings by name; `deep` is scikit-learn's, and has nothing to enter here."""
