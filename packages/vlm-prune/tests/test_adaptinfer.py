@@ -67,7 +67,8 @@ def test_an_important_word_outweighs_many():
     plain = c.sum((0, 1, 2))
     assert plain[2] > plain[1]
     scores = guided_scores(m, c)[0]
-    assert scores.argmax() == 1 and scores[0] == 0
+    assert scores.argmax() == 1
+    assert scores[0] == 0
     assert guided_scores(m, c, prior="none")[0].argmax() == 2
     assert text_importance(m)[0, 0].argmax() == 1
 
@@ -111,7 +112,8 @@ def test_solver_gives_the_average_that_was_asked_for():
     for layers, depth, average in (((1, 10, 20), 32, 128), ((1, 10, 20), 32, 64), ((0, 9, 19), 28, 100)):
         first, second, third = layers
         a, b, c = solve_budget(average, 576, layers, depth)
-        assert b == pytest.approx(a / 4) and c == pytest.approx(a / 16)
+        assert b == pytest.approx(a / 4)
+        assert c == pytest.approx(a / 16)
         mean = (576 * first + a * (second - first) + b * (third - second) + c * (depth - third)) / depth
         assert mean == pytest.approx(average, rel=1e-9)
     assert solve_budget(128, 576, (1, 10, 20), 32)[0] == pytest.approx(290, rel=0.015)
@@ -137,7 +139,8 @@ def test_cache_lengths_and_averages():
     assert report.kv_bytes_unpruned == 26 * 5 * 2 * 2 * 16 * 4
     full, parts = 26 * 5, report.entering[0].tolist()
     macs = lambda n: n * 64 * (2 * 64 + 2 * 32) + 2 * n * n * 64 + 3 * n * 64 * 96  # noqa: E731
-    assert report.flops_ratio == pytest.approx(sum(map(macs, parts)) / (5 * macs(26))) and full == 130
+    assert report.flops_ratio == pytest.approx(sum(map(macs, parts)) / (5 * macs(26)))
+    assert full == 130
 
 
 def test_budget_none_and_views():
@@ -177,7 +180,7 @@ def test_change_points():
         assert change_points(step).item() == q - 1
     assert change_points(torch.arange(depth, dtype=torch.float64)[None]).item() == 15
     curves = torch.rand(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(1)
-    for curve, found in zip(curves, change_points(curves).tolist()):
+    for curve, found in zip(curves, change_points(curves).tolist(), strict=False):
         errors = {}
         for p in range(2, 11):
             parts = (curve[:p], curve[p:])
@@ -192,7 +195,8 @@ def test_histogram_and_layers():
     for token, layer in enumerate([2] * 4 + [11] * 3 + [21] * 3):
         attention[layer, token] = 1.0
     histogram = shift_histogram(attention)
-    assert histogram.nonzero()[:, 0].tolist() == [1, 10, 20] and histogram.sum() == 10
+    assert histogram.nonzero()[:, 0].tolist() == [1, 10, 20]
+    assert histogram.sum() == 10
     assert vp.shift_layers(histogram) == (1, 10, 20)
     with pytest.raises(ValueError, match="has 3 peaks far enough apart, 4 were asked"):
         vp.shift_layers(histogram, number=4)
@@ -201,7 +205,8 @@ def test_histogram_and_layers():
 def test_analysis_of_a_model(tmp_path):
     model, inputs = shared_model("llava"), prompt("llava", LONG, LONG)
     report = find_shift(model, [inputs, prompt("llava", LONG)])
-    assert report.num_prompts == 3 and sum(report.histogram) == 3 * 2  # a tenth of 16 tokens, rounded: 2 each
+    assert report.num_prompts == 3
+    assert sum(report.histogram) == 3 * 2
     assert set(torch.tensor(report.histogram).nonzero()[:, 0].tolist()) <= {1, 2}  # the outermost of 5 layers
     report.save(tmp_path / "shift.json")
     assert vp.ShiftReport.load(tmp_path / "shift.json") == report

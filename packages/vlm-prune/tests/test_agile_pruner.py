@@ -43,7 +43,7 @@ def loop(x, alpha, k, *, erank_avg=95.0, tau_max=0.25, step=0.01):
         if len(kept) == k:
             break
         near = (1 - unit @ unit[j]) < min(rank * r, tau_max)
-        alive = [a and not n for a, n in zip(alive, near.tolist())]
+        alive = [a and not n for a, n in zip(alive, near.tolist(), strict=False)]
     passed = len(kept)
     for j in order:
         if len(kept) == k:
@@ -98,7 +98,8 @@ def test_selection_is_the_loop():
         for tau_max in (0.0, 0.1, 0.6):
             found, passed = vp.agile_select(x, alpha, 20, erank_avg=10.0, tau_max=tau_max)
             wanted, wanted_passed = loop(x, alpha, 20, erank_avg=10.0, tau_max=tau_max)
-            assert found.tolist() == wanted and passed == wanted_passed
+            assert found.tolist() == wanted
+            assert passed == wanted_passed
 
 
 def test_extremes():
@@ -106,7 +107,8 @@ def test_extremes():
     best = alpha.topk(15).indices.sort().values
     assert torch.equal(vp.agile_select(x, alpha, 15, tau_max=0.0)[0], best)
     same, passed = vp.agile_select(torch.ones_like(x), alpha, 15)
-    assert passed == 1 and torch.equal(same, best)
+    assert passed == 1
+    assert torch.equal(same, best)
     orthogonal = torch.eye(100, dtype=torch.float64)
     assert torch.equal(vp.agile_select(orthogonal, alpha, 15, tau_max=1.0, erank_avg=1.0)[0], best)
 
@@ -135,7 +137,8 @@ def test_diversity_grows_with_the_threshold_and_attention_falls():
             kept, passed = vp.agile_select(x, alpha, 64, tau_max=tau_max)
             results.append((vp.effective_rank(x[kept]).item(), alpha[kept].sum().item(), passed))
         ranks[tau_max], masses[tau_max], passes[tau_max] = torch.tensor(results).mean(0).tolist()
-    assert ranks[0.25] > 1.3 * ranks[0.0] and ranks[0.25] > ranks[0.1] > ranks[0.0]
+    assert ranks[0.25] > 1.3 * ranks[0.0]
+    assert ranks[0.25] > ranks[0.1] > ranks[0.0]
     assert masses[0.0] > masses[0.1] > masses[0.25]
     assert passes[0.0] >= passes[0.1] >= passes[0.25]
 
@@ -155,8 +158,10 @@ def test_report_and_calibration():
         model(**inputs)
         notes = handle.report.notes[-1]
     assert notes["sample"].tolist() == [0] * 5 + [1] * 3  # base view and tiles
-    assert (notes["erank"] > 1).all() and (notes["erank"] < 16).all()
-    assert (notes["num_passed"] >= 1).all() and (notes["entropy"] <= 2.773).all()
+    assert (notes["erank"] > 1).all()
+    assert (notes["erank"] < 16).all()
+    assert (notes["num_passed"] >= 1).all()
+    assert (notes["entropy"] <= 2.773).all()
     average = mean_erank(model, [inputs])
     assert average == pytest.approx(notes["erank"].double().mean().item(), rel=1e-4)
     with pytest.raises(ValueError, match="no image"):
@@ -169,7 +174,8 @@ def test_automatic_threshold_lets_the_budget_pass():
         with vp.prune(model, vp.AgilePrunerConfig(keep=6, erank_avg=0.1, tau_max=tau_max)) as handle:
             model(**inputs)
             passed = handle.report.notes[-1]["num_passed"]
-            assert (passed >= least).all() and [len(k) for k in handle.report.kept[-1]] == [6, 6]
+            assert (passed >= least).all()
+            assert [len(k) for k in handle.report.kept[-1]] == [6, 6]
     assert (passed < 6).all()
 
 

@@ -34,19 +34,26 @@ def test_no_bias_is_the_base_method(name):
         kept = handle.report.kept
     with vp.prune(model, name, keep=0.3, debias=0.0) as handle:
         assert torch.equal(logits(model, inputs), base)
-        assert all(torch.equal(a, b) for layer in kept for a, b in zip(kept[layer], handle.report.kept[layer]))
+        assert all(
+            torch.equal(a, b) for layer in kept for a, b in zip(kept[layer], handle.report.kept[layer], strict=False)
+        )
     with vp.prune(model, name, keep=0.3, debias=True) as handle:
         model(**inputs)
         first = min(kept)
-        moved = [int((a != b).sum()) for a, b in zip(kept[first], handle.report.kept[first])]
-        means = [float(b.double().mean() - a.double().mean()) for a, b in zip(kept[first], handle.report.kept[first])]
-    assert sum(moved) > 0 and sum(means) < 0  # other tokens, and earlier ones
+        moved = [int((a != b).sum()) for a, b in zip(kept[first], handle.report.kept[first], strict=False)]
+        means = [
+            float(b.double().mean() - a.double().mean())
+            for a, b in zip(kept[first], handle.report.kept[first], strict=False)
+        ]
+    assert sum(moved) > 0
+    assert sum(means) < 0
 
 
 def test_fit_recovers_an_exponential():
     x = torch.arange(576, dtype=torch.float64) / 576
     mu, sigma = vp.fit_trend(0.3 * torch.exp(1.25 * x))
-    assert abs(mu - 0.3) < 1e-6 and abs(sigma - 1.25) < 1e-6
+    assert abs(mu - 0.3) < 1e-6
+    assert abs(sigma - 1.25) < 1e-6
     noise = 1 + 0.05 * torch.randn(576, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for space in ("linear", "log"):
         assert abs(vp.fit_trend(0.3 * torch.exp(1.25 * x) * noise, space=space)[1] - 1.25) < 0.03
@@ -123,7 +130,8 @@ def test_signals_are_found_under_a_trend():
     for scores in (attention, vp.debias(attention, sigma=sigma)):
         top = torch.zeros(400, 144).scatter(1, scores.topk(16).indices, 1.0)
         recalls.append(top.gather(1, signal).mean().item())
-    assert recalls[0] < 0.85 and recalls[1] > 0.97
+    assert recalls[0] < 0.85
+    assert recalls[1] > 0.97
 
 
 def test_accumulator_leaves_padding_out():
@@ -131,7 +139,8 @@ def test_accumulator_leaves_padding_out():
     attention = torch.tensor([[1.0, 2.0, 3.0], [5.0, 9.0, 9.0]])
     accumulator.update(attention, torch.tensor([[False, False, True], [False, True, True]]))
     mean, valid = accumulator.result()
-    assert mean.tolist() == [3.0, 2.0, 0.0] and valid.tolist() == [True, True, False]
+    assert mean.tolist() == [3.0, 2.0, 0.0]
+    assert valid.tolist() == [True, True, False]
     with pytest.raises(ValueError, match="images of 3 visual tokens were added, these have 4"):
         accumulator.update(torch.ones(1, 4))
     with pytest.raises(ValueError, match="no image"):
@@ -142,10 +151,12 @@ def test_geometry_of_square_padding():
     wide = padding_ratio((480, 640), 24)  # margins of 42 pixels of 336, exactly 3 patches
     for threshold in (0.01, 0.5, 0.99):
         rows = (wide > threshold).all(1)
-        assert rows.nonzero()[:, 0].tolist() == [0, 1, 2, 21, 22, 23] and (wide > threshold).sum() == 6 * 24
+        assert rows.nonzero()[:, 0].tolist() == [0, 1, 2, 21, 22, 23]
+        assert (wide > threshold).sum() == 6 * 24
     flat = padding_ratio((300, 336), 24)  # margins of 18 pixels: 1 patch and 4 of 14 pixels
     assert flat[1, 5].item() == pytest.approx(4 / 14)
-    assert (flat > 0.5).all(1).sum() == 2 and (flat > 0.01).all(1).sum() == 4
+    assert (flat > 0.5).all(1).sum() == 2
+    assert (flat > 0.01).all(1).sum() == 4
     assert torch.equal(padding_ratio((336, 300), 24), flat.T)
     assert not padding_ratio((50, 50), 24).any()
 
@@ -167,7 +178,8 @@ def test_padding_is_dropped_first():
     with vp.prune(model, config) as handle:
         handle.set_image_sizes([(16, 32)])
         model(**inputs)
-        assert len(handle.report.kept[1][0]) == 12 and set(range(7, 15)) < set(handle.report.kept[1][0].tolist())
+        assert len(handle.report.kept[1][0]) == 12
+        assert set(range(7, 15)) < set(handle.report.kept[1][0].tolist())
 
 
 def test_index_starts_anew_in_each_view():
@@ -179,9 +191,11 @@ def test_index_starts_anew_in_each_view():
         prompt_index=torch.arange(7)[None], num_visual=torch.tensor([5]), num_kept=torch.tensor([2]),
     )  # fmt: skip
     index, length = index_in_span(context, "view")
-    assert index[visual].tolist() == [0, 1, 2, 0, 1] and length[visual].tolist() == [3, 3, 3, 2, 2]
+    assert index[visual].tolist() == [0, 1, 2, 0, 1]
+    assert length[visual].tolist() == [3, 3, 3, 2, 2]
     index, length = index_in_span(context, "all")
-    assert index[visual].tolist() == [0, 1, 2, 3, 4] and length[visual].unique().tolist() == [5]
+    assert index[visual].tolist() == [0, 1, 2, 3, 4]
+    assert length[visual].unique().tolist() == [5]
 
 
 def test_fit_in_a_model():

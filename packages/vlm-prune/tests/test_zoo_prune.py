@@ -86,15 +86,15 @@ def test_exact_is_the_norm_of_the_jacobian():
 
 
 def test_exact_ranks_as_the_sampled_estimate():
-    module = projector(256, 1024, 1024, dtype=torch.float32)
-    x = tokens(576, 256, dtype=torch.float32) * torch.linspace(0.3, 2, 576)[:, None]
+    module = projector(256, 512, 512, dtype=torch.float32)
+    x = tokens(192, 256, dtype=torch.float32) * torch.linspace(0.3, 2, 192)[:, None]
     layers = two_layers(module)
     exact = sensitivity_exact(layers, x)
     sampled = sensitivity_sampled(layers, x, unit_directions(64, 256, seed=0), rank=None)
     assert spearman(exact, sampled) > 0.98
     assert (sampled / exact).mean().item() == pytest.approx(1, abs=0.02)
-    other = sensitivity_sampled(layers, x[:200], unit_directions(64, 256, seed=1))
-    assert spearman(sampled[:200], other) > 0.98
+    other = sensitivity_sampled(layers, x[:100], unit_directions(64, 256, seed=1))
+    assert spearman(sampled[:100], other) > 0.98
 
 
 def test_rank_of_the_second_layer():
@@ -140,7 +140,8 @@ def test_sads_is_the_loop():
         z, s = tokens(200, 16, seed), tokens(200, 1, seed + 100)[:, 0].abs()
         found = vp.sads_select(z, s, 40)
         assert torch.equal(found, slow_sads(z, s, 40))
-        assert found.tolist() == sorted(set(found.tolist())) and len(found) == 40
+        assert found.tolist() == sorted(set(found.tolist()))
+        assert len(found) == 40
     assert torch.equal(vp.sads_select(z, s, 200), torch.arange(200))
     assert vp.sads_select(z, s, 1).item() == s.argmax().item()
     assert torch.equal(vp.sads_select(z, 7 * s, 40), vp.sads_select(z, s, 40))
@@ -151,11 +152,12 @@ def test_duplicates_are_taken_last():
     z[10:20] = z[10]
     s[30] = 0.0  # the least sensitive has weight 0
     found = vp.sads_select(z, s, 40).tolist()
-    assert len(set(found) & set(range(10, 20))) == 1 and 30 not in found
+    assert len(set(found) & set(range(10, 20))) == 1
+    assert 30 not in found
 
 
 def test_groups_are_covered():
-    """8 clusters of 40 tokens and 8 single ones, 16 kept: sensitivity with diversity finds them, without it does not."""
+    """8 clusters of 40 tokens and 8 single ones, 16 kept: sensitivity alone finds few of them."""
     covered = {"sads": 0.0, "score": 0.0}
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -166,7 +168,8 @@ def test_groups_are_covered():
         s = sensitivity_exact(two_layers(module), x)
         covered["sads"] += len(group[vp.sads_select(module(x), s, 16)].unique()) / 20
         covered["score"] += len(group[s.topk(16).indices].unique()) / 20
-    assert covered["sads"] > 14 and covered["score"] < 5
+    assert covered["sads"] > 14
+    assert covered["score"] < 5
 
 
 def test_equivariance():
@@ -192,7 +195,8 @@ def test_budget_of_tiles():
         report = handle.report
     kept = report.kept[-1][0] - 3  # three text tokens in front
     assert report.num_visual.tolist() == [80]
-    assert int((kept < 16).sum()) == 6 and len(kept) == 5 * 6
+    assert int((kept < 16).sum()) == 6
+    assert len(kept) == 5 * 6
     assert report.entering[0].tolist() == [10 + 8 + 30] * 5
     tile = (kept[kept >= 16] - 16) % 9, (kept[kept >= 16] - 16) // 9  # column, row of the 8 by 8 grid and newline
     assert tile[0].max() < 8
@@ -201,6 +205,11 @@ def test_budget_of_tiles():
     with vp.prune(model, vp.ZooPruneConfig(keep=4)) as handle:  # fewer than views: for the whole sample
         model(**inputs)
         assert len(handle.report.kept[-1][0]) == 4
+
+
+def farthest(a, b):
+    """The largest distance of a row of a to its nearest row of b."""
+    return (a[:, None] - b[None]).abs().amax(-1).amin(1).max().item()
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "idefics3"])
@@ -214,7 +223,7 @@ def test_a_model_keeps_what_the_pure_functions_say(family):
         caught["embeds"] = kwargs["inputs_embeds"]
 
     hooks = [
-        projector_of.register_forward_hook(lambda m, a, out: caught.update(x=a[0], z=out)),
+        projector_of.register_forward_hook(lambda _, a, out: caught.update(x=a[0], z=out)),
         base.get_decoder().register_forward_pre_hook(keep, with_kwargs=True),
     ]
     with torch.no_grad():
@@ -230,11 +239,10 @@ def test_a_model_keeps_what_the_pure_functions_say(family):
         kept = handle.report.kept[-1][0]
     wanted = z[vp.sads_select(z, score, 6)]
     if family != "llava_onevision":
-        found = caught["embeds"][0, kept]
-        distance = torch.cdist(found, wanted)
-        assert distance.min(0).values.max() < 1e-4 and len(kept) == 6
+        assert farthest(wanted, caught["embeds"][0, kept]) < 1e-5
+        assert len(kept) == 6
     else:  # unpadding and newlines stand between; a newline is never kept
-        assert torch.cdist(caught["embeds"][0, kept], z).min(1).values.max() < 1e-4
+        assert farthest(caught["embeds"][0, kept], z) < 1e-5
 
 
 def test_seeds_and_half_precision():
@@ -251,7 +259,8 @@ def test_seeds_and_half_precision():
     wanted = vp.zoo_sensitivity(
         half.float().base_model.multi_modal_projector, x.float(), vp.ZooPruneConfig(estimator="fd")
     )
-    assert found.dtype == torch.float32 and torch.allclose(found, wanted, rtol=1e-5)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, rtol=1e-5)
 
 
 def test_norm_control_and_multi_image():

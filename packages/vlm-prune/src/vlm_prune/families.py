@@ -92,7 +92,8 @@ class Family:
         """Something of the shape of the patches that the tower gives."""
         if call.projector_input is None:
             raise RuntimeError("the projector was not called")
-        return call.projector_input
+        found = call.projector_input
+        return found if found.ndim == 3 else found[None]
 
 
 class AnyResolution(Family):

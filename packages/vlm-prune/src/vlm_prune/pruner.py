@@ -45,6 +45,7 @@ class Pruner:
         self.current: Prefill | None = None
         self.num_tokens: Tensor | None = None
         self.encoded: dict[Modality, VisionCall] = {}
+        self.encoding = False
         self.padding_of: Callable[[VisionCall], Tensor] | None = None
         self.report: Report | None = None
         self.undo: list[Callable[[], None]] = []
@@ -84,9 +85,15 @@ class Pruner:
         encode = getattr(self.base, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.encoding:  # Qwen3-VL encodes videos by way of its images
+                return encode(*args, **kwargs)
             call = VisionCall(self.base, self.family, modality, bound_arguments(encode, args, kwargs))
-            with recording(call, attention="tower_attention" in self.needs):
-                out = encode(*args, **kwargs)
+            self.encoding = True
+            try:
+                with recording(call, attention="tower_attention" in self.needs):
+                    out = encode(*args, **kwargs)
+            finally:
+                self.encoding = False
             features = out.pooler_output if hasattr(out, "pooler_output") else out
             call.counts = [len(image) if image.ndim == 2 else image[..., 0].numel() for image in features]
             self.encoded[modality] = call

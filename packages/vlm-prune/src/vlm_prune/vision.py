@@ -164,7 +164,7 @@ def _salience(call: VisionCall) -> Tensor:
 def _features(call: VisionCall) -> Tensor:
     if call.projector_input is None:
         raise RuntimeError("the projector's input was not recorded: name 'projector_input' among the needs")
-    return call.projector_input if call.projector_input.ndim == 3 else call.projector_input[None]
+    return call.family.patches(call)
 
 
 @contextmanager
