@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_attn.visual_attention import TextKeys, attend_blocks, listed_blocks, only
+from diffusion_attn.visual_attention import TextKeys, attend_blocks, listed_blocks, output_of
 from shared_kernels import BlockLists, block_stats, choose_blocks, linear_attention
 
 FeatureMap = Literal["softmax", "elu", "relu"]
@@ -108,11 +108,11 @@ def sparse_linear_parts(
     sparse = attend_blocks(query, key, value, classes.critical, block_size=config.block_size, text=text, scale=scale)
     mapped = feature_map(query, config.feature_map), feature_map(key, config.feature_map)
     if config.linear_scope == "all":
-        return sparse, only(linear_attention(*mapped, value, normalizer="sum", eps=1e-5))
+        return sparse, output_of(linear_attention(*mapped, value, normalizer="sum", eps=1e-5))
     linear = linear_attention(
         *mapped, value, normalizer="clamp", eps=_TINY, block_mask=classes.marginal, block_size=config.block_size
     )
-    return sparse, only(linear)
+    return sparse, output_of(linear)
 
 
 class SparseLinearAttention(nn.Module):

@@ -61,7 +61,7 @@ def attend_blocks(
     """
     parts = query, key, value, lists.indices, lists.counts
     if text is None or text.key.shape[2] == 0:
-        return only(sparse_attention(
+        return output_of(sparse_attention(
             *parts, block_size=block_size, scale=scale, row_scale=row_scale, row_bias=row_bias, transposed=transposed
         ))  # fmt: skip
     out, lse = sparse_attention(*parts, block_size=block_size, scale=scale, transposed=transposed, return_lse=True)
@@ -78,7 +78,7 @@ def attend_blocks(
     return out
 
 
-def only(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def output_of(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """The output of an op that was not asked for more."""
     return out if isinstance(out, Tensor) else out[0]
 

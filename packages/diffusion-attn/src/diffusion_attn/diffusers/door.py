@@ -117,10 +117,11 @@ class Layout:
 class VisualHandle(Handle):
     """A method at work in a diffusers transformer, and what its layers know.
 
-    layout: the grid, step and counts of the last call.
+    layout: the grid, step and densities of the last call. schedule: where the method does not act.
     """
 
     layout: Layout = field(default_factory=Layout)
+    schedule: Schedule = field(default_factory=Schedule)
 
     def densities(self) -> dict[int, float]:
         """Of each layer, the share of visual key blocks that was read in its last call, if that was not compiled."""
@@ -263,7 +264,7 @@ def open_door(
     if not chosen:
         raise ValueError(f"dense_layers leaves none of the {len(found)} layers")
     layout = Layout(order)
-    handle = VisualHandle(name, model, config, tuple(chosen), layout=layout)
+    handle = VisualHandle(name, model, config, tuple(chosen), layout=layout, schedule=schedule)
     try:
         setattr(model, _MARK, name)
         handle.on_remove(lambda: delattr(model, _MARK))
