@@ -3,7 +3,7 @@
     python packages/gaze-oat/proofs/train_searcher.py
 
 Shelves of 2 to 6 rows and 3 to 10 columns of made-up products, searched by `gaze_oat.synthetic.GuidedSearcher`. Every
-epoch is saved; a second start goes on. About four minutes on one core; writes model.safetensors, config.json and
+epoch is saved; a second start goes on. About three minutes on one core; writes model.safetensors, config.json and
 run.json.
 """
 
@@ -29,7 +29,7 @@ MODEL = OATConfig(
     width=64, feedforward=64, encoder_layers=2, decoder_layers=2, crop_size=(32, 32), grid_size=16, offset_bias=True,
     max_length=60,
 )  # fmt: skip
-TRAINING = TrainingConfig(epochs=24, lr=2e-3, schedule="cosine", patience=24, monitor="nll", mirror=True, batch_size=16)
+TRAINING = TrainingConfig(epochs=8, lr=2e-3, schedule="cosine", patience=8, monitor="nll", mirror=True, batch_size=16)
 
 
 def trials(count: int, searches: int, *, seed: int) -> list[Trial]:
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     """Trains the model and writes it, with its likelihood beside that of chance."""
     torch.set_num_threads(1)
-    shelves, epochs = (12, 1) if quick else (500, TRAINING.epochs)
+    shelves, epochs = (12, 1) if quick else (250, TRAINING.epochs)
     training, watched = trials(shelves, 4, seed=seed), trials(shelves // 8, 1, seed=seed + 1)
     torch.manual_seed(seed)
     settings = TrainingConfig(**asdict(TRAINING) | {"epochs": epochs, "seed": seed})

@@ -180,6 +180,24 @@ def test_anisotropic_rows_count_their_aspect() -> None:
 
 
 @torch.no_grad()
+def test_step_scores_can_start_from_a_markov_model() -> None:
+    """With pointer and readout silenced, the next object follows the steps alone."""
+    model = a_model(offset_bias=True, grid_size=6)
+    for parameter in model.pointer.parameters():
+        parameter.zero_()
+    steps = np.random.default_rng(0).uniform(0.1, 1, (5, 7))
+    model.start_from_steps(steps)
+    objects, layout = a_scene(model)
+    chances = model.probabilities(objects, layout, 3, [[6, 1]])[0][1][:12]
+    expected = [steps[2 + row - 1, 3 + col - 2] for row, col in layout.cells]
+    np.testing.assert_allclose(chances / chances.sum(), np.array(expected) / np.sum(expected), rtol=1e-5)
+    with pytest.raises(ScanpathProblem, match="needs a model with offset_bias=True"):
+        a_model().start_from_steps(steps)
+    with pytest.raises(ScanpathProblem, match=r"positive and \(2R-1, 2C-1\), at most 11 a side, got \(5, 8\)"):
+        model.start_from_steps(np.ones((5, 8)))
+
+
+@torch.no_grad()
 def test_probabilities_are_those_of_inference() -> None:
     model = a_model(offset_bias=True)
     objects, layout = a_scene(model)

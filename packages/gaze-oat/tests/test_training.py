@@ -152,8 +152,8 @@ def test_it_learns_to_read_a_shelf_until_the_target() -> None:
     torch.manual_seed(0)
     model = OATModel(
         OATConfig(
-            width=64, feedforward=64, encoder_layers=2, decoder_layers=2, grid_size=5, crop_size=(29, 29), max_length=15,
-            dropout=0.0,
+            width=64, feedforward=64, encoder_layers=2, decoder_layers=2, grid_size=5, crop_size=(29, 29),
+            max_length=15, dropout=0.0,
         )
     )  # fmt: skip
     training, test = shelves(160, 0), shelves(60, 1)

@@ -306,6 +306,23 @@ class OATModel(nn.Module):
         chances = logits.double().softmax(-1).cpu().numpy()
         return [own[: length + 1] for own, length in zip(chances, lengths, strict=True)]
 
+    def start_from_steps(self, steps: Float[np.ndarray, "2R-1 2C-1"]) -> None:
+        """Sets the step scores of `offset_bias` to log frequencies: training starts from a Markov model of steps.
+
+        Args:
+            steps: relative frequency of steps (rows, columns), the middle is staying; `MarkovKernel.fit(...).steps`.
+        """
+        if self.offset_scores is None:
+            raise ScanpathProblem("start_from_steps needs a model with offset_bias=True")
+        span, shape = self.offset_scores.shape[0], np.asarray(steps).shape
+        if len(shape) != 2 or not all(side % 2 and side <= span for side in shape) or not (np.asarray(steps) > 0).all():
+            raise ScanpathProblem(f"steps must be positive and (2R-1, 2C-1), at most {span} a side, got {shape}")
+        scores = torch.from_numpy(np.log(steps)).to(self.offset_scores)
+        top, left = ((span - side) // 2 for side in shape)
+        with torch.no_grad():
+            self.offset_scores.fill_(scores.min() - scores.mean())
+            self.offset_scores[top : top + shape[0], left : left + shape[1]] = scores - scores.mean()
+
     def save(self, folder: Path) -> None:
         """model.safetensors and config.json, each written whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
