@@ -87,6 +87,7 @@ from llm_attn.loss_reweighting import (
     loss_weights,
     per_sample_losses,
 )
+from llm_attn.random_feature_theory import RandomHeadAttention, RandomHeadRegressor
 from llm_attn.softplus_attention import (
     SoftplusConfig,
     apply_softplus,
@@ -131,6 +132,8 @@ __all__ = [
     "LossReweightingMixin",
     "PowerWarmUp",
     "PredictorConfig",
+    "RandomHeadAttention",
+    "RandomHeadRegressor",
     "RetrievalConfig",
     "ReweightedTrainer",
     "ScoringConfig",
