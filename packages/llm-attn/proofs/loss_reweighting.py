@@ -218,21 +218,20 @@ def train(
         if (step + 1) % recipe.look_every == 0:
             looks.append(held_out_loss(model, held_out))
         on_step()
-    return {"held out": looks, "excess weight of altered rows": _in_tens(weights, recipe.look_every)}
+    return {"held out": looks, "excess weight of altered rows": _by_look(weights, recipe.look_every)}
 
 
-def _in_tens(values: Sequence[float], size: int) -> list[float]:
+def _by_look(values: Sequence[float], size: int) -> list[float]:
     return [statistics.mean(values[start : start + size]) for start in range(0, len(values) - size + 1, size)]
 
 
 # ---- all of it
 
 
-def prove(recipe: Recipe, out: Path) -> dict[str, Any]:
+def prove(recipe: Recipe, text: Text, out: Path) -> dict[str, Any]:
     """Runs what is not there yet and writes JSON, table and picture."""
     folder = out / ("loss_reweighting" if recipe != QUICK else "loss_reweighting_quick")
     folder.mkdir(parents=True, exist_ok=True)
-    text = read_text(recipe)
     plan = [(seed, pool, strategy) for seed in recipe.seeds for pool in POOLS for strategy in STRATEGIES]
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {pool: {s: [] for s in STRATEGIES} for pool in POOLS}
     with Progress(console=stderr) as progress:
@@ -260,8 +259,10 @@ def prove(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def _load(file: Path, recipe: Recipe, text: Text) -> dict[str, Any]:
+    """A run of the same recipe, whatever other seeds that had."""
     run: dict[str, Any] = json.loads(file.read_text())
-    if run["recipe"] != json.loads(json.dumps(asdict(recipe))) or run["text"] != text.name:
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    if run["recipe"] | {"seeds": wanted["seeds"]} != wanted or run["text"] != text.name:
         raise typer.BadParameter(
             f"{file} was made by another recipe or from other texts: delete it, or choose another --out"
         )
@@ -373,7 +374,7 @@ def main(
 ) -> None:
     """Trains what is missing, then writes `loss_reweighting.json`, `.md` and `.png`."""
     recipe = QUICK if quick else Recipe(seeds=(seed, seed + 1, seed + 2), width=width, steps=steps)
-    prove(recipe, out)
+    prove(recipe, read_text(recipe), out)
     typer.echo(out / "loss_reweighting.md")
 
 

@@ -43,7 +43,6 @@ def ragged_samples():
     """Inputs, targets and numbers of tokens of five samples of the first rank and three of the second."""
     draw = torch.Generator().manual_seed(3)
     x, y = torch.randn(8, 4, generator=draw, dtype=torch.float64), torch.randn(8, generator=draw, dtype=torch.float64)
-    y[6] = torch.inf
     return x, y, torch.tensor([3, 1, 0, 4, 1, 5, 9, 2])
 
 
@@ -54,7 +53,8 @@ def ragged(own):
     reweight = LossReweighter("linupper", r=0.3, warmup_steps=1)
     found = []
     for step in (0, 1):
-        loss = reweight((x @ p - y).square().masked_fill(y.isinf(), torch.inf), step=step, num_tokens=numbers)
+        losses = (x @ p - y).square()
+        loss = reweight(losses.masked_fill(numbers == 9, torch.inf), step=step, num_tokens=numbers)
         both = torch.cat([loss.detach()[None], *torch.autograd.grad(loss, p)])
         if dist.is_initialized():
             dist.all_reduce(both)

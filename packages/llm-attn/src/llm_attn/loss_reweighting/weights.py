@@ -38,14 +38,14 @@ SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 def loss_extremes(losses: Float[Tensor, "n"], *, quantile: tuple[float, float] = (0.0, 1.0)) -> Extremes:
     """Lowest and highest finite loss, or these quantiles of the finite ones; NaN where there is none."""
+    if losses.numel() == 0:
+        return losses.new_tensor(torch.nan), losses.new_tensor(torch.nan)
     finite = losses.isfinite()
     if quantile != (0.0, 1.0):
         low, high = losses.masked_fill(~finite, torch.nan).nanquantile(losses.new_tensor(quantile))
         return low, high
-    none = losses.new_full((1,), torch.nan)
-    low = torch.cat([losses.masked_fill(~finite, torch.inf), none.new_full((1,), torch.inf)]).amin()
-    high = torch.cat([losses.masked_fill(~finite, -torch.inf), none.new_full((1,), -torch.inf)]).amax()
-    return torch.where(low <= high, low, none[0]), torch.where(low <= high, high, none[0])
+    low, high = losses.masked_fill(~finite, torch.inf).amin(), losses.masked_fill(~finite, -torch.inf).amax()
+    return low.masked_fill(low > high, torch.nan), high.masked_fill(low > high, torch.nan)
 
 
 def normalized_losses(losses: Float[Tensor, "n"], extremes: Extremes) -> Float[Tensor, "n"]:
