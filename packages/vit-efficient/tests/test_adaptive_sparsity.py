@@ -1,5 +1,7 @@
 """AS-ViT against the paper's formulas, and through the suite of doors."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -17,9 +19,10 @@ from vit_efficient.adaptive_sparsity import (
     straight_through,
     token_score,
 )
+from vit_efficient.baselines import apply_tome
 from vit_efficient.door import load_method, save_method
 from vit_efficient.masked_training import policy_softmax
-from vit_efficient.testing import KINDS, DoorTests, images, tiny_vit
+from vit_efficient.testing import EVAS, KINDS, DoorTests, images, tiny_eva, tiny_vit
 from vit_efficient.token_reduction import token_counts
 
 CONFIG = AdaptiveSparsityConfig(locations=(1, 2, 3), thresholds=(0.0028, 0.0036, 0.0042))
@@ -76,6 +79,98 @@ def test_pruned_pass_is_the_loop_over_images(kind):
         assert count.tolist() == wanted_counts
         torch.testing.assert_close(given, wanted, atol=1e-8, rtol=1e-8)
     assert len({tuple(row) for row in counts.tolist()}) > 1, "all images keep the same"
+
+
+def keep_output(seen, _module, _given, output):
+    seen.append(output)
+
+
+def keep_input(seen, _module, given, _output):
+    seen.append(given[0])
+
+
+def eva_one_by_one(model, image):
+    """Counts and normalised tokens of one image by timm's own blocks, told the positions of the patches left."""
+    P, locations = model.num_prefix_tokens, model.token_reducer.locations
+    x, rope = model._pos_embed(model.patch_embed(image[None]))
+    x, counts, score = model.norm_pre(x), [], None
+    for index, block in enumerate(model.blocks):
+        if index in locations:
+            keep = score > model.token_reducer.thresholds[locations.index(index)] * 196 / 36
+            keep = keep if keep.any() else score == score.max()
+            x = torch.cat([x[:, :P], x[:, P:][:, keep]], 1)
+            rope = None if rope is None else rope[keep]
+        seen = []
+        block.attn.fused_attn = False
+        hooks = [block.attn.attn_drop.register_forward_hook(partial(keep_output, seen))]
+        hooks.append(block.attn.norm.register_forward_hook(partial(keep_input, seen)))
+        x = block(x, rope=rope)
+        for hook in hooks:
+            hook.remove()
+        weights, context = seen
+        norm = context[0, P:].unflatten(-1, (3, -1)).norm(dim=-1).T
+        score = (norm / (norm.sum(0) + 1e-8) * weights[0, :, 0, P:]).sum(0)
+        counts.append(x.shape[1] - P)
+    return model.norm(x), counts
+
+
+EVA_THRESHOLDS = {"eva": (0.002, 0.003, 0.004), "eva02": (0.002, 0.003, 0.004), "half_turns": (0.002, 0.003, 0.004)}
+
+
+def pruned_eva(kind, **changes):
+    model = tiny_eva(kind, **changes)
+    config = AdaptiveSparsityConfig(locations=(1, 2, 3), thresholds=EVA_THRESHOLDS[kind])
+    return model, apply_adaptive_sparsity(model, config)
+
+
+@pytest.mark.parametrize("kind", EVAS)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_on_eva_it_is_the_loop_over_images(kind, pool):
+    model, handle = pruned_eva(kind, global_pool=pool)
+    model, x = model.double(), images(5).double()
+    logits, counts = model(x), token_counts(model, x)
+    for image, given, count in zip(x, logits, counts, strict=True):
+        features, wanted_counts = eva_one_by_one(model, image)
+        assert count.tolist() == wanted_counts
+        torch.testing.assert_close(given, model.forward_head(features)[0], atol=1e-8, rtol=1e-8)
+    assert len({tuple(row) for row in counts.tolist()}) > 1, "all images keep the same"
+    handle.remove()
+    assert not torch.equal(model(x), logits)
+
+
+@pytest.mark.parametrize("kind", EVAS)
+def test_eva_comes_back_and_trains_as_it_prunes(kind):
+    x, host = images(3), tiny_eva(kind, global_pool="token")
+    before = host(x)
+    with apply_adaptive_sparsity(host, AdaptiveSparsityConfig(locations=(1, 2, 3), thresholds=(-1.0,) * 3)):
+        torch.testing.assert_close(host(x), before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(host(x), before)
+    model, _ = pruned_eva(kind, global_pool="token")
+    masked, logits = masked_forward(model, x), model(x)
+    torch.testing.assert_close(masked.logits, logits, atol=2e-4, rtol=2e-4)
+    counts = token_counts(model, x)
+    assert [keep.sum(1).int().tolist() for keep in masked.keeps] == [counts[:, place].tolist() for place in (1, 2, 3)]
+    final, maps = model.forward_intermediates(x)
+    assert [tuple(m.shape) for m in maps] == [(3, 48, 6, 6)] * 4
+    torch.testing.assert_close(model.forward_head(final), logits, atol=1e-5, rtol=1e-5)
+    with FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    counted = counter.get_total_flops() / 2 - model.head.weight.numel()
+    assert model_macs(model, token_counts(model, x[:1])).item() == pytest.approx(counted, rel=0.01)
+
+
+def test_evas_it_is_not_right_on_are_refused():
+    for changes, message in (
+        ({"class_token": False, "num_reg_tokens": 1}, "no class token"),
+        ({"use_post_norm": True}, "blocks of EvaBlockPostNorm"),
+        ({"global_pool": "map"}, "an attention pool"),
+        ({"patch_drop_rate": 0.5}, "patch dropout"),
+        ({"use_rot_pos_emb": True, "rope_type": "mixed"}, "learned by block"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            apply_adaptive_sparsity(tiny_eva("eva", **changes))
+    with pytest.raises(TypeError, match="Eva is not supported; supported is timm's VisionTransformer"):
+        apply_tome(tiny_eva("eva02"))
 
 
 def test_score_lies_between_the_heads():

@@ -21,6 +21,7 @@ from vit_efficient.sparsifiner import (
     sparse_layers,
 )
 from vit_efficient.testing import DoorTests, images, tiny_vit
+from vit_efficient.token_reduction import token_counts
 
 
 class TestSparsifinerDoor(DoorTests):
@@ -45,6 +46,21 @@ class TestBlockSparsifinerDoor(DoorTests):
         return apply_sparsifiner(
             model, SparsifinerConfig(keep_rate=0.2, granularity="block", block=6, basis_threshold=0.005)
         )
+
+
+class TestPruningSparsifinerDoor(DoorTests):
+    trained = True
+    any_size = False
+    compiled = False
+
+    def apply(self, model):
+        torch.manual_seed(3)
+        return apply_sparsifiner(model, PRUNING)
+
+
+PRUNING = SparsifinerConfig(
+    keep_rate=0.3, coefficients=4, basis_threshold=0.005, token_keep=0.6, prune_after=(0, 2)
+)
 
 
 def sparse(config, kind="plain", **changes):
@@ -211,6 +227,53 @@ def test_views_of_a_layer():
     assert bool((kept >= views[1].scores.masked_fill(mask, -torch.inf).amax(-1)).all())
 
 
+def one_by_one(model, image, config):
+    """Logits in float64 of one image: tokens that are pruned are removed, scores come from the whole predictor."""
+    P, x = model.num_prefix_tokens, model.norm_pre(model._pos_embed(model.patch_embed(image[None])))
+    left, counts = torch.arange(36), []
+    for index, block in enumerate(model.blocks):
+        attn, predictor = block.attn, block.attn.predictor
+        rows = torch.cat([torch.arange(P), left + P])
+        query, key, value = project(attn, block.norm1(x))
+        low = (query[:, :, P:] @ (key.mT @ predictor.down[rows]) * attn.head_dim**-0.5).softmax(-1)
+        least = low.sort(-1).values[..., [-config.coefficients]]
+        up = torch.where(predictor.up.abs() > config.basis_threshold, predictor.up, 0)[rows]
+        scores = torch.where(low >= least, low, 0) @ up.T
+        num = -(-3 * (36 + P) // 10)
+        mask = torch.ones(1, 3, len(rows), len(rows), dtype=torch.bool)
+        mask[:, :, P:] = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.argsort(-1)[..., -num:], True)
+        weights = (query @ key.mT * attn.head_dim**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        x = x + block.ls1(attn.proj((weights @ value).transpose(1, 2).flatten(2)))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        counts.append(len(left))
+        if index in config.prune_after:
+            stage = config.prune_after.index(index)
+            best = weights[0, :, 0, P:].mean(0).argsort(descending=True)[: [22, 13][stage]].sort().values
+            x, left = torch.cat([x[:, :P], x[:, P:][:, best]], 1), left[best]
+    return model.forward_head(model.norm(x))[0], counts
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers", "qk_norm"])
+def test_with_token_pruning_it_is_the_loop_over_images(kind):
+    config = PRUNING
+    model = sparse(config, kind).double()
+    for layer in sparse_layers(model):
+        layer.predictor.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))  # no ties
+    x = images(3).double()
+    logits, counts = model(x), token_counts(model, x)
+    for image, given, count in zip(x, logits, counts, strict=True):
+        wanted, wanted_counts = one_by_one(model, image, config)
+        assert count.tolist() == wanted_counts == [36, 22, 22, 13]
+        torch.testing.assert_close(given, wanted, atol=1e-8, rtol=1e-8)
+
+
+def test_pruning_and_blocks_go_together():
+    config = SparsifinerConfig(keep_rate=0.3, granularity="block", block=4, basis_threshold=0.005, token_keep=0.5)
+    model, x = sparse(config), images(3)
+    assert token_counts(model, x).unique(dim=0).tolist() == [[36, 36, 18, 9]]
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), atol=1e-4, rtol=1e-4)
+
+
 def test_other_sizes_ask_for_resizing_and_get_it():
     model = sparse(CONFIGS["token"])
     model.set_input_size((64, 48))
@@ -235,7 +298,15 @@ def test_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"keep_rate": 0.0}, {"keep_rate": 1.1}, {"granularity": "row"}, {"block": 0}, {"coefficients": 0}]
+    "change",
+    [
+        {"keep_rate": 0.0},
+        {"keep_rate": 1.1},
+        {"granularity": "row"},
+        {"block": 0},
+        {"coefficients": 0},
+        {"token_keep": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match="must be"):

@@ -22,12 +22,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from vit_efficient.blocks import attention_width, linear_macs
 from vit_efficient.door import Handle, check_locations, check_vit, open_door, register_method
 from vit_efficient.masked_training import masked_block
-from vit_efficient.token_reduction import ReducedViT, Reducer, Seen, Tokens, drop_tokens, embed
+from vit_efficient.token_reduction import (
+    ReducedEva,
+    ReducedViT,
+    Reducer,
+    Seen,
+    TokenReduction,
+    Tokens,
+    drop_tokens,
+    embed,
+)
 
 STATED_PATCHES = 196
 
@@ -152,19 +162,19 @@ def masked_forward(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Masked
 
 
 def _masked_pass(model: Any, images: Tensor, decide: Callable[..., Tensor]) -> Masked:
-    if not isinstance(model, ReducedViT) or not isinstance(model.token_reducer, AdaptiveReducer):
+    if not isinstance(model, TokenReduction) or not isinstance(model.token_reducer, AdaptiveReducer):
         raise TypeError(f"a model with adaptive sparsity at work is needed, got {type(model).__name__}")
     reducer, P = model.token_reducer, model.num_prefix_tokens
-    x = embed(model, images)
+    x, rope = embed(model, images)
     keeps: list[Tensor] = []
     score: Tensor | None = None
-    policy = torch.ones(x.shape[:2], device=x.device)
+    policy: Tensor | None = None
     saving = model.grad_checkpointing and torch.is_grad_enabled()
     for index, block in enumerate(model.blocks):
         if index in reducer.locations and score is not None:
             keeps.append(decide(reducer, len(keeps), score, keeps))
-            policy = torch.cat([torch.ones_like(policy[:, :P]), keeps[-1]], 1)
-        arguments = (block, x, policy, P, index + 1 in reducer.locations)
+            policy = nn.functional.pad(keeps[-1], (P, 0), value=1.0)
+        arguments = (block, x, policy, P, index + 1 in reducer.locations, rope)
         x, seen = checkpoint(masked_block, *arguments) if saving else masked_block(*arguments)
         score = seen_score(seen)
     features = model.norm(x)
@@ -190,17 +200,16 @@ def _fill_with_mean(features: Tensor, keep: Tensor, num_prefix: int) -> Tensor:
 # ---- cost and loss
 
 
-def block_macs(tokens: Tensor | int, width: int, hidden: int) -> Tensor | float:
-    """Multiply-adds of one block on so many tokens: projections, MLP of `hidden` units, and attention (section 3.3)."""
-    return (4 * width**2 + 2 * width * hidden) * tokens + 2 * width * tokens * tokens
+def block_macs(tokens: Tensor | int, linear: int, width: int) -> Tensor | float:
+    """Multiply-adds of one block on so many tokens (section 3.3): of linear maps, so many a token, and of attention."""
+    return linear * tokens + 2 * width * tokens * tokens
 
 
-def model_macs(model: VisionTransformer, counts: Float[Tensor, "B L"] | Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
+def model_macs(model: Any, counts: Float[Tensor, "B L"] | Int[Tensor, "B L"]) -> Float[Tensor, "B"]:
     """Multiply-adds of each image whose blocks see so many patch tokens, patch embedding included; the head is not."""
-    block, projection = model.blocks[0], model.patch_embed.proj
-    width, hidden = block.attn.qkv.in_features, block.mlp.fc1.out_features
-    blocks = block_macs(counts.float() + model.num_prefix_tokens, width, hidden)
-    embedding = model.patch_embed.num_patches * projection.weight.numel()
+    block = model.blocks[0]
+    blocks = block_macs(counts.float() + model.num_prefix_tokens, linear_macs(block), attention_width(block))
+    embedding = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
     return torch.as_tensor(blocks).sum(1) + embedding
 
 
@@ -312,16 +321,24 @@ def patch_counts(
 # ---- the door
 
 
-class AdaptiveViT(ReducedViT):
-    """A ViT with adaptive sparsity: masked in training mode, pruned in eval mode."""
+class AdaptivePasses(TokenReduction):
+    """Masked in training mode, pruned in eval mode."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Logits (B, classes)."""
         return masked_forward(self, x).logits if self.training else super().forward(x, attn_mask, is_causal)
 
 
+class AdaptiveViT(AdaptivePasses, ReducedViT):
+    """A ViT with adaptive sparsity."""
+
+
 class AdaptiveDistilledViT(AdaptiveViT, VisionTransformerDistilled):
     """The same for DeiT with a distillation token."""
+
+
+class AdaptiveEva(AdaptivePasses, ReducedEva):
+    """The same for Eva."""
 
 
 def apply_adaptive_sparsity(model: nn.Module, config: AdaptiveSparsityConfig = AdaptiveSparsityConfig()) -> Handle:
@@ -330,14 +347,17 @@ def apply_adaptive_sparsity(model: nn.Module, config: AdaptiveSparsityConfig = A
     In eval mode the model prunes; in training mode it runs `masked_forward`. Thresholds start where little is dropped:
     train them with `AdaptiveSparsityLoss`. TypeError or ValueError on a model that is not supported.
     """
-    vit = check_vit(model)
+    vit = check_vit(model, eva=True)
     depth, stages = len(vit.blocks), len(config.thresholds)
     locations = config.locations
     if locations is None:
         locations = tuple(1 + (n + 1) * depth // (stages + 1) for n in range(stages))
     locations = check_locations(vit, locations, first=1)
-    distilled = isinstance(vit, VisionTransformerDistilled)
-    changed = AdaptiveDistilledViT if distilled else AdaptiveViT
+    changed: type[AdaptivePasses] = AdaptiveViT
+    if isinstance(vit, Eva):
+        changed = AdaptiveEva
+    elif isinstance(vit, VisionTransformerDistilled):
+        changed = AdaptiveDistilledViT
     modules: dict[str, nn.Module] = {"token_reducer": AdaptiveReducer(config, locations)}
     handle = open_door(vit, "adaptive_sparsity", config, changed, modules, [place - 1 for place in locations])
     vit.token_rounding = config.rounding

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -23,6 +24,7 @@ SUPPORTED = (
     "timm's VisionTransformer with standard blocks and a class token: ViT, DeiT, DeiT-3, DINOv2 and CLIP, with or "
     "without LayerScale, registers, qk-norm, norm_pre and a distillation token"
 )
+EVA = ", or Eva with a class token: EVA, EVA-02, with rotary positions or without, SwiGLU or MLP"
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,34 @@ def register_method(name: str, config_class: type, apply: Callable[..., Handle])
     _METHODS[name] = _Method(config_class, apply)
 
 
-def check_vit(model: Any) -> VisionTransformer:
-    """The model, if token methods are right on it. ValueError or TypeError with what is supported."""
+def check_vit(model: Any, *, eva: bool = False) -> Any:
+    """The model, if token methods are right on it. ValueError or TypeError with what is supported.
+
+    eva: whether the method is right on timm's Eva too, whose patches carry rotary positions.
+    """
     if getattr(model, "vit_efficient_method", None) is not None:
         raise ValueError(
             f"{model.vit_efficient_method} is at work in this model already; call remove() on its handle first"
         )
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise TypeError(f"{type(model).__name__} is not supported; supported is {SUPPORTED}")
-    odd = [type(m).__name__ for b in model.blocks for m in (b, b.attn) if type(m) not in (Block, Attention)]
+    supported = f"{SUPPORTED}{EVA}" if eva else SUPPORTED
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, *((Eva,) if eva else ())):
+        raise TypeError(f"{type(model).__name__} is not supported; supported is {supported}")
+    parts = (EvaBlock, EvaAttention) if isinstance(model, Eva) else (Block, Attention)
+    odd = [type(m).__name__ for b in model.blocks for m in (b, b.attn) if type(m) not in parts]
     if odd:
-        raise TypeError(f"blocks of {odd[0]} are not supported; supported is {SUPPORTED}")
+        raise TypeError(f"blocks of {odd[0]} are not supported; supported is {supported}")
+    if isinstance(model, Eva) and (model.rope_mixed or model.patch_drop is not None):
+        raise ValueError(f"Eva with positions learned by block or with patch dropout is not supported; {supported} is")
     if model.cls_token is None:
-        raise ValueError(f"the model has no class token; supported is {SUPPORTED}")
-    if model.attn_pool is not None or model.global_pool not in ("token", "avg", "") or model.pool_include_prefix:
+        raise ValueError(f"the model has no class token; supported is {supported}")
+    prefix_pooled = getattr(model, "pool_include_prefix", False)
+    if model.attn_pool is not None or model.global_pool not in ("token", "avg", "") or prefix_pooled:
         pool = "an attention pool" if model.attn_pool is not None else f"global_pool={model.global_pool!r}"
         raise ValueError(f"{pool} is not supported: VisionTransformer with 'token' or 'avg' pooling is")
     return model
 
 
-def check_locations(model: VisionTransformer, locations: tuple[int, ...] | None, *, first: int = 0) -> tuple[int, ...]:
+def check_locations(model: Any, locations: tuple[int, ...] | None, *, first: int = 0) -> tuple[int, ...]:
     """The blocks where a method drops tokens: those given, or a quarter, a half and three quarters of the depth.
 
     ValueError unless they increase and lie from `first` to the last block.
@@ -72,7 +82,7 @@ def check_locations(model: VisionTransformer, locations: tuple[int, ...] | None,
 
 
 def open_door(
-    model: VisionTransformer, name: str, config: Any, changed_class: type, modules: dict[str, nn.Module], layers: Any
+    model: Any, name: str, config: Any, changed_class: type, modules: dict[str, nn.Module], layers: Any
 ) -> Handle:
     """Gives a checked model another class and the modules of a method, on its device and in its dtype.
 

@@ -3,41 +3,83 @@
 Removing tokens gives no gradient to the decision; a mask does. The mask multiplies the weights before they are
 normalised (Rao et al., DynamicViT, arXiv:2106.02034, equation 11; AS-ViT, arXiv:2209.13802, equation 7): an additive
 mask has the same value and no gradient with respect to the decision about dropped tokens.
+
+Decided here: before anything is dropped attention is SDPA (the formula's epsilon apart, it is the same); the shift by a
+row's largest score, which keeps the exponential finite, is a constant to the gradient.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import Block
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vit_efficient.token_reduction import Seen, mlp_half
+from vit_efficient.blocks import close_attention, mlp_half, project, split_heads
+from vit_efficient.token_reduction import Seen, attention_halves, dense_attention
 
 _EPS = 1e-6
 
 
+class _PolicySoftmax(torch.autograd.Function):
+    """With its own backward pass, which takes half the passes over the map that autograd's takes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, policy: Tensor) -> Tensor:
+        exponentials = (logits - logits.amax(-1, keepdim=True)).exp_()
+        weights = _seen(exponentials, policy)
+        total = weights.sum(-1, keepdim=True) + _EPS
+        weights = weights.add_(_EPS / logits.shape[-1]).div_(total)
+        ctx.save_for_backward(exponentials, policy, weights, total)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        exponentials, policy, weights, total = ctx.saved_tensors
+        slope = gradient - (gradient * weights).sum(-1, keepdim=True)
+        slope = slope.div_(total).mul_(exponentials)
+        to_policy = slope.sum((1, 2)) - slope.diagonal(dim1=-2, dim2=-1).sum(1)
+        return _seen(slope, policy), to_policy
+
+
+def _seen(weights: Tensor, policy: Tensor) -> Tensor:
+    """Columns times the policy; a token always sees itself."""
+    out = weights * policy[:, None, None, :]
+    out.diagonal(dim1=-2, dim2=-1).copy_(weights.diagonal(dim1=-2, dim2=-1))
+    return out
+
+
 def policy_softmax(logits: Float[Tensor, "B H T T"], policy: Float[Tensor, "B T"]) -> Float[Tensor, "B H T T"]:
-    """Attention to the tokens that the policy (1 kept, 0 dropped) lets through; a token always sees itself."""
-    T = logits.shape[-1]
-    itself = torch.eye(T, dtype=torch.bool, device=logits.device)
-    seen = torch.where(itself, torch.ones((), dtype=policy.dtype, device=policy.device), policy[:, None, None, :])
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * seen
-    return (weights + _EPS / T) / (weights.sum(-1, keepdim=True) + _EPS)
+    """Attention to the tokens that the policy (1 kept, 0 dropped) lets through; a token always sees itself.
+
+    Differentiable once.
+    """
+    weights: Tensor = _PolicySoftmax.apply(logits, policy)
+    return weights
 
 
 def masked_block(
-    block: Block, x: Float[Tensor, "B T C"], policy: Float[Tensor, "B T"], num_prefix: int, looked_at: bool
+    block: Any,
+    x: Float[Tensor, "B T C"],
+    policy: Float[Tensor, "B T"] | None,
+    num_prefix: int,
+    looked_at: bool,
+    rope: Tensor | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Seen]:
-    """timm's Block under a policy; with `looked_at`, class attention and output norms of the patches too."""
+    """timm's block under a policy; with `looked_at`, class attention and output norms of the patches too.
+
+    policy: None where nothing is dropped yet. rope: rotary positions of the patches, if the host has any.
+    """
+    if policy is None:
+        wants = frozenset(("class_attention", "context_norm") if looked_at else ())
+        x, (seen,) = attention_halves(block, [x], [None], [rope], wants, num_prefix, [dense_attention])
+        return mlp_half(block, x), seen
     attn, normed = block.attn, block.norm1(x)
-    B, T, _ = x.shape
-    query, key, value = attn.qkv(normed).reshape(B, T, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+    query, key, value = split_heads(attn, project(attn, normed), num_prefix, rope)
     weights = policy_softmax((query * attn.scale @ key.mT).float(), policy)
     context = attn.attn_drop(weights).to(value.dtype) @ value
-    out = attn.norm(context.transpose(1, 2).reshape(B, T, attn.attn_dim))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(normed).sigmoid()
-    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+    x = x + close_attention(block, normed, context.transpose(1, 2).flatten(2))
     if not looked_at:
         return mlp_half(block, x), Seen()
     seen = Seen(weights[:, :, 0, num_prefix:], context[:, :, num_prefix:].float().norm(dim=-1))

@@ -12,23 +12,27 @@ Decided here, where paper and published code differ or are silent:
   before it, as the code does, which costs more than it saves at 197 tokens;
 - prefix tokens attend to everything, as the class token does; no key is forced;
 - `granularity="block"` is ours, not the paper's: sums of scores over blocks of queries and keys need no map of queries
-  x keys, since scores are bilinear; the best blocks are kept, and every query's own block and that of the prefix.
+  x keys, since scores are bilinear; the best blocks are kept, and every query's own block and that of the prefix;
+- with token pruning (section 3.4) pruned tokens are removed, where the published code zeroes them, and the predictor
+  takes the rows of those that are left; a query goes on keeping as many keys as at full length.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.layers import Attention, trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared_kernels import choose_blocks, sparse_attention
-from vit_efficient.door import Handle, check_vit, register_method
+from vit_efficient.door import Handle, check_locations, check_vit, open_door, register_method
+from vit_efficient.token_reduction import Reducer, Seen, Tokens, drop_tokens, reduced_class
 
 Phase = Literal["reconstruct", "finetune"]
 
@@ -45,6 +49,8 @@ class SparsifinerConfig:
     coefficients: how many of a query's coefficients are used.
     basis_threshold: magnitude below which the basis counts as zero.
     official: scale and basis as in the published code.
+    token_keep: share of the patch tokens that goes on from each block of `prune_after`; 1 for no token pruning.
+    prune_after: blocks (from 0); None for a quarter, a half, three quarters of the depth.
     """
 
     keep_rate: float = 0.25
@@ -55,11 +61,15 @@ class SparsifinerConfig:
     coefficients: int = 8
     basis_threshold: float = 0.02
     official: bool = False
+    token_keep: float = 1.0
+    prune_after: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError on values out of range."""
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
+        if not 0 < self.token_keep <= 1:
+            raise ValueError(f"token_keep must be in (0, 1], got {self.token_keep}")
         if self.granularity not in ("token", "block"):
             raise ValueError(f"granularity must be 'token' or 'block', got {self.granularity!r}")
         if min(self.block, self.reduce_tokens, self.reduce_channels, self.coefficients) < 1:
@@ -88,24 +98,21 @@ class ConnectivityPredictor(nn.Module):
         for parameter in self.parameters():
             trunc_normal_(parameter, std=0.02)
 
-    def coefficients(
-        self, query: Float[Tensor, "B H N D"], key: Float[Tensor, "B H T D"], phase: Phase
+    def low_rank(
+        self, query: Float[Tensor, "B H N D"], key: Float[Tensor, "B H T D"], places: Int[Tensor, "B n"] | None = None
     ) -> Float[Tensor, "B H N K"]:
-        """Softmax of the queries against the projected keys; except in reconstruction, only the largest are kept.
+        """Softmax of the queries against the projected keys.
 
-        query: of the patches. key: of all tokens.
+        query: of the patches. key: of all tokens. places: grid positions of the patches; None if all are there.
         """
-        if key.shape[2] != self.down.shape[0]:
+        down = self._rows(self.down, places)
+        if key.shape[2] != down.shape[-2]:
             raise ValueError(
                 f"the connectivity predictor was made for {self.down.shape[0]} tokens, got {key.shape[2]}; "
                 "call resize_connectivity(model, grid) for another size"
             )
-        projected = self.reduce_key(key).mT @ self.down
-        low = (self.reduce_query(query) @ projected * self.scale).softmax(-1)
-        if phase == "reconstruct" or self.config.coefficients >= low.shape[-1]:
-            return low
-        best = low.topk(self.config.coefficients, -1)
-        return torch.zeros_like(low).scatter(-1, best.indices, best.values)
+        projected = self.reduce_key(key).mT @ (down if places is None else down[:, None])
+        return (self.reduce_query(query) @ (projected * self.scale)).softmax(-1)
 
     def basis(self, phase: Phase) -> Float[Tensor, "K T"]:
         """What a coefficient adds to the score of each key."""
@@ -115,17 +122,52 @@ class ConnectivityPredictor(nn.Module):
         return large.abs() if self.config.official else large
 
     def scores(
-        self, query: Float[Tensor, "B H N D"], key: Float[Tensor, "B H T D"], phase: Phase
+        self,
+        query: Float[Tensor, "B H N D"],
+        key: Float[Tensor, "B H T D"],
+        phase: Phase,
+        places: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B H N T"]:
-        """Score of every key for every patch query."""
-        return self.coefficients(query, key, phase) @ self.basis(phase)
+        """Score of every key for every patch query; except in reconstruction, from the largest coefficients only."""
+        low = self.low_rank(query, key, places)
+        if phase == "reconstruct":
+            return low @ self.basis(phase)
+        best, basis = self._largest(low), self._rows(self.basis(phase).T, places).mT
+        rows = best.indices
+        if places is not None:  # a basis for each image: all of them under each other
+            first = torch.arange(0, basis.shape[0] * basis.shape[1], basis.shape[1], device=rows.device)
+            rows, basis = rows + first[:, None, None, None], basis.flatten(0, 1)
+        c = rows.shape[-1]
+        values = best.values.to(basis.dtype).reshape(-1, c)
+        flat = F.embedding_bag(rows.reshape(-1, c), basis.contiguous(), per_sample_weights=values, mode="sum")
+        return flat.view(*low.shape[:-1], -1)
 
     def block_scores(
-        self, query: Float[Tensor, "B H N D"], key: Float[Tensor, "B H T D"], block: int
+        self,
+        query: Float[Tensor, "B H N D"],
+        key: Float[Tensor, "B H T D"],
+        block: int,
+        places: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B H n n"]:
         """Sums of `scores` over blocks of all tokens, without the scores; prefix queries count as zero."""
-        coefficients = F.pad(self.coefficients(query, key, "finetune"), (0, 0, self.num_prefix, 0))
-        return _block_sums(coefficients, block) @ _block_sums(self.basis("finetune").T, block).mT
+        low = self.low_rank(query, key, places)
+        (B, H, N, K), best = low.shape, self._largest(low)
+        blocks = -(-(N + self.num_prefix) // block)
+        row = torch.arange(self.num_prefix, N + self.num_prefix, device=low.device).div(block, rounding_mode="floor")
+        where = (row[:, None] * K + best.indices).flatten(2)
+        sums = low.new_zeros(B, H, blocks * K).scatter_add(2, where, best.values.flatten(2)).unflatten(2, (blocks, K))
+        basis = _block_sums(self._rows(self.basis("finetune").T, places), block)
+        return sums @ (basis if places is None else basis[:, None]).mT
+
+    def _largest(self, low: Tensor) -> Any:
+        return low.topk(min(self.config.coefficients, low.shape[-1]), -1, sorted=False)
+
+    def _rows(self, weight: Tensor, places: Tensor | None) -> Tensor:
+        """(T, K), or (B, T, K) where only the patches at `places` are there."""
+        if places is None:
+            return weight
+        prefix = torch.arange(self.num_prefix, device=places.device).expand(len(places), -1)
+        return weight[torch.cat([prefix, places + self.num_prefix], 1)]
 
     def resize(self, grid: tuple[int, int]) -> None:
         """Resamples the patch rows of both projections to another grid; reconstruction should be trained again."""
@@ -166,32 +208,41 @@ class SparsifinerAttention(Attention):
         return self.proj_drop(self.proj(context))
 
     def attend(
-        self, query: Float[Tensor, "B H T D"], key: Float[Tensor, "B H T D"], value: Float[Tensor, "B H T D"]
+        self,
+        query: Float[Tensor, "B H T D"],
+        key: Float[Tensor, "B H T D"],
+        value: Float[Tensor, "B H T D"],
+        places: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B H T D"]:
-        """Softmax attention over the keys that the predictor keeps."""
+        """Softmax attention over the keys that the predictor keeps.
+
+        places: grid positions of the patches; None if all are there.
+        """
         config, P = self.predictor.config, self.predictor.num_prefix
-        if self.phase == "reconstruct" or config.keep_rate == 1 or not query.numel():
+        kept = num_kept(config, self.predictor.down.shape[0])
+        if self.phase == "reconstruct" or kept >= key.shape[2] or not query.numel():
             return F.scaled_dot_product_attention(query, key, value)
         with torch.no_grad():
-            indices, counts, size = self.lists(query, key)
+            indices, counts, size = self.lists(query, key, places)
         start = 0 if config.granularity == "block" else P
         patches: Any = sparse_attention(query[:, :, start:], key, value, indices, counts, block_size=size)
         prefix = F.scaled_dot_product_attention(query[:, :, :P], key, value)
         return torch.cat([prefix, patches[:, :, P - start :]], 2)
 
     def lists(
-        self, query: Float[Tensor, "B H T D"], key: Float[Tensor, "B H T D"]
+        self, query: Float[Tensor, "B H T D"], key: Float[Tensor, "B H T D"], places: Int[Tensor, "B n"] | None = None
     ) -> tuple[Int[Tensor, "B H n m"], Int[Tensor, "B H n"] | None, tuple[int, int]]:
         """The kept keys of each patch query, or the kept blocks of each block of tokens, for `sparse_attention`."""
-        config, P, T = self.predictor.config, self.predictor.num_prefix, key.shape[2]
+        config, P = self.predictor.config, self.predictor.num_prefix
+        num = num_kept(config, self.predictor.down.shape[0])
         if config.granularity == "token":
-            scores = self.predictor.scores(query[:, :, P:], key, "finetune")
-            return scores.topk(num_kept(config, T), -1, sorted=False).indices.int(), None, (1, 1)
-        scores = self.predictor.block_scores(query[:, :, P:], key, config.block)
+            scores = self.predictor.scores(query[:, :, P:], key, "finetune", places)
+            return scores.topk(num, -1, sorted=False).indices.int(), None, (1, 1)
+        scores = self.predictor.block_scores(query[:, :, P:], key, config.block, places)
         blocks = scores.shape[-1]
         forced = torch.eye(blocks, dtype=torch.bool, device=scores.device)
         forced[:, : -(-P // config.block)] = True
-        lists = choose_blocks(scores, topk=math.ceil(config.keep_rate * blocks), forced=forced[None, None])
+        lists = choose_blocks(scores, topk=min(-(-num // config.block), blocks), forced=forced[None, None])
         return lists.indices, lists.counts, (config.block, config.block)
 
 
@@ -207,6 +258,42 @@ def project(attn: Attention, x: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor,
     return attn.q_norm(query), attn.k_norm(key), value
 
 
+# ---- together with token pruning
+
+
+class SparsifinerReducer(Reducer):
+    """Drops the patches with least class attention after each location; attention goes through the predictor."""
+
+    def __init__(self, config: SparsifinerConfig, locations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config, self.locations = config, locations
+
+    def wants(self, block: int) -> frozenset[str]:
+        """Class attention at the locations."""
+        return frozenset(("class_attention",) if block in self.locations else ())
+
+    def attend(
+        self, tokens: Tokens, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Over the kept keys; all images of a batch have the same number of tokens, so nothing is padded."""
+        if bias is not None and query.numel():
+            raise RuntimeError("images of a batch were expected to keep the same number of tokens")
+        return attn.attend(query, key, value, None if tokens.owner.shape[1] == tokens.num_patches else tokens.places())
+
+    def after_attention(self, block: int, tokens: Tokens, seen: Seen) -> Tokens:  # noqa: ARG002
+        """The tokens with the class attention they received; the block's MLP still runs on all."""
+        return replace(tokens, score=None if seen.class_attention is None else seen.class_attention.mean(1))
+
+    def before_block(self, block: int, tokens: Tokens) -> Tokens:
+        """The best tokens, ceil(token_keep^s of all) after location s."""
+        if tokens.score is None:
+            return tokens
+        stage = self.locations.index(block - 1)
+        num = min(math.ceil(self.config.token_keep ** (stage + 1) * tokens.owner.shape[1]), tokens.num_patches)
+        keep = torch.zeros_like(tokens.score, dtype=torch.bool).scatter(1, tokens.score.topk(num, 1).indices, True)
+        return replace(drop_tokens(tokens, keep), score=None)
+
+
 # ---- the door and its phases
 
 
@@ -220,9 +307,11 @@ def apply_sparsifiner(model: nn.Module, config: SparsifinerConfig = SparsifinerC
     vit = check_vit(model)
     if vit.patch_embed.grid_size is None:
         raise ValueError("Sparsifiner needs a model with a grid of patches: create it with an img_size")
-    handle = Handle("sparsifiner", vit, config, tuple(range(len(vit.blocks))))
-    vit.vit_efficient_method = "sparsifiner"
-    handle.on_remove(lambda: delattr(vit, "vit_efficient_method"))
+    locations, changed = check_locations(vit, config.prune_after), type(vit)
+    modules: dict[str, nn.Module] = {}
+    if config.token_keep < 1:
+        modules, changed = {"token_reducer": SparsifinerReducer(config, locations)}, reduced_class(vit)
+    handle = open_door(vit, "sparsifiner", config, changed, modules, range(len(vit.blocks)))
     for block in vit.blocks:
         attn = block.attn
         grid = tuple(vit.patch_embed.grid_size)
@@ -294,7 +383,10 @@ class LayerView:
 
 
 def look(model: Any, images: Float[Tensor, "B c h w"]) -> list[LayerView]:
-    """Scores and dense attention of the patch queries of each layer; maps of queries x keys, so for small images."""
+    """Scores and dense attention of the patch queries of each layer; maps of queries x keys, so for small images.
+
+    Of a pass in which no token is pruned.
+    """
     views: list[LayerView] = []
 
     def see(attn: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -305,7 +397,7 @@ def look(model: Any, images: Float[Tensor, "B c h w"]) -> list[LayerView]:
 
     hooks = [layer.register_forward_pre_hook(see) for layer in sparse_layers(model)]
     try:
-        model.forward_features(images)
+        VisionTransformer.forward_features(model, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -323,7 +415,7 @@ def reconstruction_loss(model: nn.Module, images: Float[Tensor, "B c h w"]) -> F
 
 
 def connectivity(model: Any, images: Float[Tensor, "B c h w"], layer: int) -> Bool[Tensor, "B H N T"]:
-    """Which keys each patch query of a layer keeps."""
+    """Which keys each patch query of a layer keeps, in a pass in which no token is pruned."""
     chosen, found = sparse_layers(model)[layer], []
 
     def see(attn: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -333,7 +425,7 @@ def connectivity(model: Any, images: Float[Tensor, "B c h w"], layer: int) -> Bo
     hook = chosen.register_forward_pre_hook(see)
     try:
         with torch.inference_mode():
-            model.forward_features(images)
+            VisionTransformer.forward_features(model, images)
     finally:
         hook.remove()
     (indices, counts, (size, _), tokens) = found[0]

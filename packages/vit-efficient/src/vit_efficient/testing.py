@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import timm
 import torch
 from timm.models._features_fx import GraphExtractNet, get_notrace_functions, get_notrace_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import get_graph_node_names
@@ -34,6 +35,26 @@ def tiny_vit(kind: str = "plain", *, seed: int = 0, **changes: Any) -> VisionTra
     torch.manual_seed(seed)
     shape = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
     model = VisionTransformer(**{**shape, **KINDS[kind], **changes})
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.25 if parameter.ndim == 2 else 0.5)
+    return model.eval()
+
+
+EVAS: dict[str, dict[str, Any]] = {
+    "eva": {"init_values": 0.4},
+    "eva02": {"use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "init_values": None},
+    "half_turns": {"use_rot_pos_emb": True, "rope_rotate_half": True, "qk_norm": True, "num_reg_tokens": 4,
+                   "no_embed_class": True, "swiglu_mlp": True, "scale_attn_inner": True, "init_values": 0.4},
+}  # fmt: skip
+"""Kinds of timm's Eva with a class token, as constructor arguments."""
+
+
+def tiny_eva(kind: str, *, seed: int = 0, **changes: Any) -> Eva:
+    """A random Eva of that kind, of the size of `tiny_vit`, in eval mode; pools by the average, as EVA-02 does."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
+    model = Eva(**{**shape, **EVAS[kind], **changes})
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.25 if parameter.ndim == 2 else 0.5)

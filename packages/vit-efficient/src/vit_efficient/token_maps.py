@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from vit_efficient.token_reduction import ReducedViT, run_reduced
+from vit_efficient.token_reduction import TokenReduction, run_reduced
 
 
 def kept_patches(model: nn.Module, images: Float[Tensor, "B c h w"]) -> dict[int, Bool[Tensor, "B gh gw"]]:
@@ -15,7 +15,7 @@ def kept_patches(model: nn.Module, images: Float[Tensor, "B c h w"]) -> dict[int
 
     TypeError on a model without a token method.
     """
-    if not isinstance(model, ReducedViT):
+    if not isinstance(model, TokenReduction):
         raise TypeError(f"kept_patches needs a model with a token method at work, got {type(model).__name__}")
     grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
     with torch.inference_mode():

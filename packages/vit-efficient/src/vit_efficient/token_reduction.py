@@ -10,7 +10,9 @@ and dense heads work on.
 Decided here: with average pooling, dropped positions count as the mean of those kept, which is the mean over these.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from jaxtyping import Bool, Float, Int
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from vit_efficient.blocks import close_attention, mlp_half, project, split_heads
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Tokens:
     score: (b, n), what the method left for its next decision; None otherwise.
     image: (b,), index in the batch.
     num_prefix: P.
+    rope: (N, D2), rotary positions of the grid; None where the host has none.
     """
 
     x: Float[Tensor, "b t C"]
@@ -44,6 +50,7 @@ class Tokens:
     valid: Bool[Tensor, "b n"] | None = None
     size: Float[Tensor, "b n"] | None = None
     score: Float[Tensor, "b n"] | None = None
+    rope: Float[Tensor, "N D2"] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -60,6 +67,18 @@ class Tokens:
         """Real patch tokens of each image."""
         return self.present().sum(1)
 
+    def places(self) -> Int[Tensor, "b n"]:
+        """Grid position of each patch token; of the last one it stands for, where tokens were merged."""
+        positions = torch.arange(self.owner.shape[1], device=self.owner.device).expand_as(self.owner)
+        there = torch.where(self.owner >= 0, self.owner, self.num_patches)  # the dropped go to a column of their own
+        return there.new_zeros(self.x.shape[0], self.num_patches + 1).scatter(1, there, positions)[:, :-1]
+
+    def turns(self) -> Tensor | None:
+        """Rotary positions of the patch tokens, (n, D2) or (b, 1, n, D2)."""
+        if self.rope is None or self.num_patches == self.rope.shape[0]:
+            return self.rope
+        return self.rope[self.places()][:, None]
+
     def grid(self) -> Float[Tensor, "b N C"]:
         """What each grid position holds."""
         patches = self.x[:, self.num_prefix :]
@@ -75,7 +94,7 @@ class Tokens:
             valid = None
         dropped = None if self.dropped is None else self.dropped[rows]
         x, owner, image = self.x[rows, : self.num_prefix + width], self.owner[rows], self.image[rows]
-        return Tokens(x, owner, image, self.num_prefix, dropped, valid, size, score)
+        return Tokens(x, owner, image, self.num_prefix, dropped, valid, size, score, self.rope)
 
 
 def drop_tokens(tokens: Tokens, keep: Bool[Tensor, "b n"]) -> Tokens:
@@ -140,6 +159,18 @@ class Reducer(nn.Module):
         """The tokens that go into the block."""
         return tokens
 
+    def attend(
+        self,
+        tokens: Tokens,  # noqa: ARG002
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attention (b, H, t, D) of the tokens; `attn` is timm's module, `bias` what `attention_bias` gave."""
+        return dense_attention(attn, query, key, value, bias)
+
     def after_attention(self, block: int, tokens: Tokens, seen: Seen) -> Tokens:  # noqa: ARG002
         """The tokens that go on from attention to the MLP."""
         return tokens
@@ -159,26 +190,29 @@ class Reduced:
     kept: dict[int, Bool[Tensor, "B N"]] = field(default_factory=dict)
 
 
-def embed(model: VisionTransformer, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B t C"]:
-    """Patches, positions and prefix tokens, as timm's own forward pass makes them."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+def embed(model: Any, images: Float[Tensor, "B c h w"]) -> tuple[Float[Tensor, "B t C"], Tensor | None]:
+    """Patches, positions and prefix tokens, as timm's own forward pass makes them, and the rotary positions if any."""
+    if isinstance(model, Eva):
+        x, rope = model._pos_embed(model.patch_embed(images))
+        return model.norm_pre(x), rope
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), None
 
 
 def run_reduced(
-    model: "ReducedViT", images: Float[Tensor, "B c h w"], *, maps: tuple[int, ...] = (), features: bool = True
+    model: "TokenReduction", images: Float[Tensor, "B c h w"], *, maps: tuple[int, ...] = (), features: bool = True
 ) -> Reduced:
     """All blocks, with the model's reducer at work; `maps` are the blocks whose feature maps are wanted."""
-    x = embed(model, images)
+    x, rope = embed(model, images)
     B, P = x.shape[0], model.num_prefix_tokens
     N = x.shape[1] - P
     track = features or bool(maps)
     every = torch.arange(N, device=x.device).expand(B, N)
     dropped = torch.zeros_like(x[:, P:]) if track else None
-    groups = [Tokens(x, every, torch.arange(B, device=x.device), P, dropped)]
+    groups = [Tokens(x, every, torch.arange(B, device=x.device), P, dropped, rope=rope)]
     counts, kept, found = [], {}, {}
     for index, block in enumerate(model.blocks):
         groups = [part for group in groups for part in _before(model, index, group)]
-        groups = [_run_block(model, index, block, group) for group in groups]
+        groups = _run_block(model, index, block, groups)
         counts.append(_together(groups, [group.counts() for group in groups], B))
         if track:
             kept[index] = _together(groups, [group.owner >= 0 for group in groups], B)
@@ -191,7 +225,7 @@ def run_reduced(
     return Reduced(prefix, final, torch.stack(counts, 1), found, kept)
 
 
-def _before(model: "ReducedViT", index: int, tokens: Tokens) -> list[Tokens]:
+def _before(model: "TokenReduction", index: int, tokens: Tokens) -> list[Tokens]:
     after = model.token_reducer.before_block(index, tokens)
     return [after] if after is tokens else group_by_count(after, model.token_rounding)
 
@@ -203,7 +237,7 @@ def _together(groups: list[Tokens], parts: list[Tensor], batch: int) -> Tensor:
     return out.index_copy(0, torch.cat([group.image for group in groups]), torch.cat(parts))
 
 
-def _final_grid(model: "ReducedViT", tokens: Tokens) -> Tensor:
+def _final_grid(model: "TokenReduction", tokens: Tokens) -> Tensor:
     grid = model.norm(tokens.grid())
     if model.global_pool != "avg":
         return grid
@@ -212,15 +246,45 @@ def _final_grid(model: "ReducedViT", tokens: Tokens) -> Tensor:
     return torch.where(stands, grid, mean)
 
 
-def _run_block(model: "ReducedViT", index: int, block: Block, tokens: Tokens) -> Tokens:
-    wants = model.token_reducer.wants(index)
+def _run_block(model: "TokenReduction", index: int, block: Any, groups: list[Tokens]) -> list[Tokens]:
+    if len(groups) > 1 and model.training:  # drop path draws once for an image, so rows of images stay together
+        return [done for group in groups for done in _run_block(model, index, block, [group])]
+    reducer = model.token_reducer
     saving = model.grad_checkpointing and torch.is_grad_enabled()
-    bias = attention_bias(tokens if model.token_reducer.weighs_size else replace(tokens, size=None))
-    attend = (block, tokens.x, bias, wants, tokens.num_prefix)
-    x, seen = checkpoint(attention_half, *attend) if saving else attention_half(*attend)
-    tokens = model.token_reducer.after_attention(index, replace(tokens, x=x), seen)
-    x = checkpoint(mlp_half, block, tokens.x) if saving else mlp_half(block, tokens.x)
-    return replace(tokens, x=x)
+    biases = [attention_bias(group if reducer.weighs_size else replace(group, size=None)) for group in groups]
+    attends = [partial(reducer.attend, group) for group in groups]
+    turns = [group.turns() for group in groups]
+    arguments: tuple[Any, ...] = (
+        block,
+        [group.x for group in groups],
+        biases,
+        turns,
+        reducer.wants(index),
+        groups[0].num_prefix,
+        attends,
+    )
+    rows, seen = checkpoint(attention_halves, *arguments) if saving else attention_halves(*arguments)
+    parts = unpack(rows, [group.x for group in groups])
+    groups = [replace(group, x=part) for group, part in zip(groups, parts, strict=True)]
+    groups = [reducer.after_attention(index, group, saw) for group, saw in zip(groups, seen, strict=True)]
+    if any(group.x is not part for group, part in zip(groups, parts, strict=True)):
+        rows = pack([group.x for group in groups])
+    rows = checkpoint(mlp_half, block, rows) if saving else mlp_half(block, rows)
+    parts = unpack(rows, [group.x for group in groups])
+    return [replace(group, x=part) for group, part in zip(groups, parts, strict=True)]
+
+
+def pack(groups: list[Tensor]) -> Tensor:
+    """The tokens (b, t, C) of several groups of images as rows under each other; of one group, as they are."""
+    return groups[0] if len(groups) == 1 else torch.cat([x.flatten(0, 1) for x in groups])
+
+
+def unpack(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of packed rows with the images and tokens of `like`."""
+    if len(like) == 1:
+        return [rows]
+    parts = rows.split([x.shape[0] * x.shape[1] for x in like])
+    return [part.unflatten(0, x.shape[:2]) for part, x in zip(parts, like, strict=True)]
 
 
 def attention_bias(tokens: Tokens) -> Tensor | None:
@@ -234,23 +298,38 @@ def attention_bias(tokens: Tokens) -> Tensor | None:
     return nn.functional.pad(bias, (prefix, 0))[:, None, None].to(tokens.x.dtype)
 
 
-def attention_half(
-    block: Block, x: Float[Tensor, "b t C"], bias: Tensor | None, wants: frozenset[str], num_prefix: int
-) -> tuple[Float[Tensor, "b t C"], Seen]:
-    """x + attention, as timm's Block has it, and what was asked for."""
-    attn, normed = block.attn, block.norm1(x)
-    b, t, _ = x.shape
-    qkv = attn.qkv(normed).reshape(b, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    query, key, value = qkv.unbind(0)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+def dense_attention(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention over all tokens with what `attention_bias` gave, and the dropout of timm's module."""
     dropout = attn.attn_drop.p if attn.training else 0.0
     # timm divides by the root of head_dim too, in its fused path by leaving the scale out
-    context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    out = attn.norm(context.transpose(1, 2).reshape(b, t, attn.attn_dim))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(normed).sigmoid()
-    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-    return x, _look(query, key, context, bias, wants, num_prefix)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+
+def attention_halves(
+    block: Any,
+    groups: list[Float[Tensor, "_b _t C"]],
+    biases: list[Tensor | None],
+    turns: list[Tensor | None],
+    wants: frozenset[str],
+    num_prefix: int,
+    attends: list[Callable[..., Tensor]],
+) -> tuple[Tensor, list[Seen]]:
+    """x + attention, as timm's Block has it, and what was asked for, of groups of images that differ in length.
+
+    Norms and linear maps take the rows of all groups at once, attention a group at a time. Returns packed rows.
+    biases, turns: of each group, what `attention_bias` and `Tokens.turns` gave.
+    attends: (attn, query, key, value, bias) -> attention before the projection.
+    """
+    attn, rows = block.attn, pack(groups)
+    normed = block.norm1(rows)
+    contexts, seen = [], []
+    parts = unpack(project(attn, normed), groups)
+    for qkv, bias, turn, attend in zip(parts, biases, turns, attends, strict=True):
+        query, key, value = split_heads(attn, qkv, num_prefix, turn)
+        context = attend(attn, query, key, value, bias)
+        contexts.append(context.transpose(1, 2).flatten(2))
+        seen.append(_look(query, key, context, bias, wants, num_prefix))
+    return rows + close_attention(block, normed, pack(contexts)), seen
 
 
 def _look(
@@ -274,19 +353,21 @@ def class_attention(
     return scores.softmax(-1)[:, :, 0]
 
 
-def mlp_half(block: Block, x: Float[Tensor, "b t C"]) -> Float[Tensor, "b t C"]:
-    """x + MLP, as timm's Block has it."""
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-class ReducedViT(VisionTransformer):
-    """A timm ViT whose `token_reducer` decides which tokens go on. Models get this class by a door, never by name.
+class TokenReduction(nn.Module):
+    """The passes of a timm ViT whose `token_reducer` decides which tokens go on; to be mixed into a class of timm.
 
     token_reducer: the method. token_rounding: numbers of tokens are rounded up to multiples of this inside a batch.
     """
 
     token_reducer: Reducer
     token_rounding: int = 8
+    blocks: Any
+    norm: Any
+    patch_embed: Any
+    forward_head: Any
+    num_prefix_tokens: int
+    global_pool: str
+    grad_checkpointing: bool
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, P + N, C), as timm's; positions that were dropped hold what they held then."""
@@ -336,6 +417,14 @@ class ReducedViT(VisionTransformer):
         return pairs if intermediates_only else (run.features, pairs)
 
 
+class ReducedViT(TokenReduction, VisionTransformer):
+    """A ViT whose tokens are reduced. Models get this class, and the two below, by a door, never by name."""
+
+
+class ReducedEva(TokenReduction, Eva):
+    """The same for Eva."""
+
+
 class ReducedDistilledViT(ReducedViT, VisionTransformerDistilled):
     """The same for DeiT with a distillation token."""
 
@@ -345,13 +434,15 @@ def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError("attn_mask and is_causal are not supported while tokens are dropped or merged")
 
 
-def reduced_class(model: VisionTransformer) -> type[ReducedViT]:
+def reduced_class(model: nn.Module) -> type[TokenReduction]:
     """The class that a checked model is given."""
+    if isinstance(model, Eva):
+        return ReducedEva
     return ReducedDistilledViT if isinstance(model, VisionTransformerDistilled) else ReducedViT
 
 
 def token_counts(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Int[Tensor, "B L"]:
     """Patch tokens that went into the MLP of each block, per image. TypeError on a model without a token method."""
-    if not isinstance(model, ReducedViT):
+    if not isinstance(model, TokenReduction):
         raise TypeError(f"token_counts needs a model with a token method at work, got {type(model).__name__}")
     return run_reduced(model, images, features=False).counts

@@ -103,7 +103,7 @@ def dynamicvit_forward(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Dy
     if not isinstance(model, ReducedViT) or not isinstance(model.token_reducer, DynamicViTReducer):
         raise TypeError(f"dynamicvit_forward needs a model with DynamicViT at work, got {type(model).__name__}")
     reducer, P = model.token_reducer, model.num_prefix_tokens
-    x = embed(model, images)
+    x, _ = embed(model, images)
     keep = torch.ones(x.shape[0], x.shape[1] - P, device=x.device)
     keeps: list[Tensor] = []
     saving = model.grad_checkpointing and torch.is_grad_enabled()
@@ -112,7 +112,8 @@ def dynamicvit_forward(model: nn.Module, images: Float[Tensor, "B c h w"]) -> Dy
             chances = reducer.predictors[len(keeps)](x[:, P:], keep)
             keep = nn.functional.gumbel_softmax(chances.float(), hard=True)[..., 1] * keep
             keeps.append(keep)
-        arguments = (block, x, nn.functional.pad(keep, (P, 0), value=1.0), P, False)
+        policy = nn.functional.pad(keep, (P, 0), value=1.0) if keeps else None
+        arguments = (block, x, policy, P, False)
         x, _ = checkpoint(masked_block, *arguments) if saving else masked_block(*arguments)
     features = model.norm(x)
     return DynamicViTOutput(model.forward_head(features), features, tuple(keeps))
