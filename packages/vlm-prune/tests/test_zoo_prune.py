@@ -28,6 +28,7 @@ class TestZooPrune(MethodTests):
 
 class TestZooPruneAsPublished(MethodTests):
     families = ("llava_next",)
+    supported = ("llava", "llava_next", "llava_onevision")  # the projector must be linear - activation - linear
 
     def config(self, keep):
         return vp.ZooPruneConfig(keep=keep, estimator="fd", directions=8, rank=16)

@@ -95,12 +95,13 @@ def _scatter(alive: Tensor, group: Any) -> Tensor:
 class MethodTests:
     """Inherit and define `config`; class attributes say what a method cannot do.
 
-    families: that run by default; all others run as slow. ratios: keep ratio of the tests. merges: whether tokens get
-    other values when they are kept, which hiding keys cannot imitate. content_free: whether the choice is the same
-    whatever is in the image. tolerance: of two ways to one result in float32.
+    families: that run by default; those of `supported` beyond run as slow. keep: ratio of the tests. merges: whether
+    tokens get other values when they are kept, which hiding keys cannot imitate. tolerance: of two ways to one result
+    in float32.
     """
 
     families: ClassVar[tuple[str, ...]] = FAST_FAMILIES
+    supported: ClassVar[tuple[str, ...]] = FAMILIES
     keep: ClassVar[float] = 0.4
     merges: ClassVar[bool] = False
     tolerance: ClassVar[float] = 2e-5
@@ -114,7 +115,7 @@ class MethodTests:
         import pytest  # by whom this is called
 
         if "family" in metafunc.fixturenames:
-            others = [f for f in FAMILIES if f not in self.families]
+            others = [f for f in self.supported if f not in self.families]
             slow = [pytest.param(f, marks=pytest.mark.slow) for f in others]
             metafunc.parametrize("family", [*self.families, *slow])
 

@@ -51,6 +51,38 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def sized_llava(*, num_layers: int, hidden_size: int = 1024, image_size: int = 336) -> Any:
+    """A random LLaVA for benchmarks, in eval mode: a small tower with a class token, 576 visual tokens at 336 pixels.
+
+    With 24 layers of the default width about half a thousand million parameters, 25 million of them in the tower.
+    """
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, image_size=image_size,
+            patch_size=14, projection_dim=512,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=32_000, hidden_size=hidden_size, intermediate_size=4 * hidden_size,
+            num_hidden_layers=num_layers, num_attention_heads=hidden_size // 64,
+            num_key_value_heads=hidden_size // 128, max_position_embeddings=2048, tie_word_embeddings=True,
+        ),
+        image_token_index=31_999, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+
+
+def sized_prompt(*, text: int = 24, image_size: int = 336) -> dict[str, Tensor]:
+    """One image in the middle of some text, for `sized_llava`."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, 31_000, (text,), generator=generator)
+    patches = torch.full(((image_size // 14) ** 2,), 31_999)
+    ids = torch.cat([words[:4], patches, words[4:]])[None]
+    pixels = torch.randn(1, 3, image_size, image_size, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
 def _llava(text: dict[str, Any]) -> Any:
     return transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**{**_TOWER, "patch_size": 8, "projection_dim": 32}),

@@ -32,8 +32,9 @@ class VisionCall:
 
     base: the host's base model. family: how it is built. modality: what was encoded. arguments: of
     `get_image_features`, by name. caught: queries and keys of the tower's last used layer, one entry for each piece
-    that the host attends within. projector: the module. projector_input: what went into it. packing: the call of
-    `pack_image_features`, where the family has it. counts: visual tokens of each image.
+    that the host attends within. projector: the module. projector_input: what went into it. activation_input: what
+    went into its activation, where it has one. packing: the call of `pack_image_features`, where the family has it.
+    counts: visual tokens of each image.
     """
 
     base: Any
@@ -43,6 +44,7 @@ class VisionCall:
     caught: list[Caught] = field(default_factory=list)
     projector: nn.Module | None = None
     projector_input: Tensor | None = None
+    activation_input: Tensor | None = None
     packing: tuple[Callable[..., Any], dict[str, Any]] | None = None
     counts: list[int] = field(default_factory=list)
 
@@ -178,6 +180,9 @@ def recording(call: VisionCall, *, attention: bool) -> Iterator[VisionCall]:
         projector = family.projector(base)
         hook = projector.register_forward_pre_hook(lambda module, args: _keep_input(call, module, args))
         undo.append(hook.remove)
+        activation = getattr(projector, "act", None)
+        if isinstance(activation, nn.Module):
+            undo.append(activation.register_forward_pre_hook(lambda _, args: _keep_hidden(call, args)).remove)
         if hasattr(base, "pack_image_features"):
             undo.append(_watch_packing(call))
         yield call
@@ -199,6 +204,11 @@ def _keep_caught(call: VisionCall, caught: Caught, more: dict[str, Any]) -> None
 def _keep_input(call: VisionCall, module: nn.Module, args: tuple[Any, ...]) -> None:
     if call.projector_input is None:
         call.projector, call.projector_input = module, args[0].detach()
+
+
+def _keep_hidden(call: VisionCall, args: tuple[Any, ...]) -> None:
+    if call.activation_input is None:
+        call.activation_input = args[0].detach()
 
 
 def _watch_packing(call: VisionCall) -> Callable[[], None]:

@@ -97,12 +97,26 @@ def _truncated(weight: Tensor, rank: int) -> Tensor:
     return values[:rank, None] * right[:rank]
 
 
-def sensitivity_exact(layers: TwoLayers, x: Float[Tensor, "N d"]) -> Float[Tensor, "N"]:
-    """||W2 diag(phi'(A_i)) W1||_F / sqrt(d): the root of the mean squared response, in closed form."""
-    hidden = x @ layers.first.T + layers.bias
+def coupling(layers: TwoLayers) -> Float[Tensor, "h h"]:
+    """Q = (W2^T W2) * (W1 W1^T), which depends on the projector alone."""
+    return (layers.second.T @ layers.second) * (layers.first @ layers.first.T)
+
+
+def sensitivity_exact(
+    layers: TwoLayers,
+    x: Float[Tensor, "N d"],
+    *,
+    hidden: Float[Tensor, "N h"] | None = None,
+    pairs: Float[Tensor, "h h"] | None = None,
+) -> Float[Tensor, "N"]:
+    """||W2 diag(phi'(A_i)) W1||_F / sqrt(d) = sqrt(phi'(A_i)^T Q phi'(A_i) / d): the root of the mean squared response.
+
+    hidden: A = W1 x + b1, where the caller has it. pairs: Q, likewise.
+    """
+    hidden = x @ layers.first.T + layers.bias if hidden is None else hidden
+    pairs = coupling(layers) if pairs is None else pairs
     slope = torch.func.jvp(layers.activation, (hidden,), (torch.ones_like(hidden),))[1]
-    coupling = (layers.second.T @ layers.second) * (layers.first @ layers.first.T)
-    squared = ((slope @ coupling) * slope).sum(-1)
+    squared = ((slope @ pairs) * slope).sum(-1)
     return squared.clamp(min=0).sqrt() / x.shape[1] ** 0.5
 
 
@@ -182,7 +196,7 @@ class ZooPruneConfig:
         """One stage before the first layer."""
         criterion = Criterion(
             name=self.name,
-            score=partial(_score, config=self),
+            score=_Score(self),
             select=partial(_select, by_view=self.by_view),
             needs=frozenset({"projector_input"}),
         )
@@ -221,14 +235,37 @@ def _widened(projector: nn.Module, x: Tensor) -> Tensor:
     return torch.func.functional_call(projector, state, (x,))
 
 
-def _score(context: Context, *, config: ZooPruneConfig) -> Float[Tensor, "B n"]:
-    def values(call: VisionCall) -> Tensor:
+class _Score:
+    """Sensitivity of a prompt's tokens; what depends on the projector alone is computed once."""
+
+    def __init__(self, config: ZooPruneConfig) -> None:
+        self.config = config
+        self.pairs: tuple[tuple[int, ...], Tensor] | None = None
+
+    def __call__(self, context: Context) -> Float[Tensor, "B n"]:
+        return context.tower().gather_tokens(self._values)
+
+    def _values(self, call: VisionCall) -> Float[Tensor, "N"]:
         if call.projector is None or call.projector_input is None:
-            raise RuntimeError("the projector was not recorded")
-        found = zoo_sensitivity(call.projector, call.projector_input, config)
+            raise RuntimeError("the projector was not recorded: name 'projector_input' among the needs")
+        found = self._exact(call)
+        if found is None:
+            found = zoo_sensitivity(call.projector, call.projector_input, self.config)
         return call.projected_to_tokens(found if found.ndim == 2 else found[None])
 
-    return context.tower().gather_tokens(values)
+    def _exact(self, call: VisionCall) -> Tensor | None:
+        layers, hidden = two_layers(call.projector), call.activation_input
+        if self.config.estimator not in (None, "exact") or layers is None or hidden is None:
+            return None
+        if hidden.dtype.itemsize < 4 or call.projector_input is None:  # too few digits for a slope
+            return None
+        weights = (layers.first, layers.second)
+        key = tuple(n for w in weights for n in (w.data_ptr(), w._version))
+        if self.pairs is None or self.pairs[0] != key:
+            self.pairs = (key, coupling(layers))
+        x = call.projector_input.flatten(0, -2)
+        score = sensitivity_exact(layers, x, hidden=hidden.flatten(0, -2), pairs=self.pairs[1])
+        return score.reshape(call.projector_input.shape[:-1])
 
 
 def _select(context: Context, scores: Float[Tensor, "B n"], *, by_view: bool) -> Selection:
