@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from gaze_oat.baselines import KERNELS, fit_baselines, layout_of
+from gaze_oat.baselines import KERNELS, MarkovKernel, fit_baselines, layout_of
 from gaze_oat.drawing import plot_paths
 from gaze_oat.evaluation import EvaluationConfig, between_observers, evaluate
 from gaze_oat.jobs import trials_of
@@ -44,7 +44,7 @@ MODEL = OATConfig(
     width=64, feedforward=64, encoder_layers=2, decoder_layers=2, crop_encoder="features", feature_size=2,
     offset_bias=True,
 )  # fmt: skip
-TRAINING = TrainingConfig(epochs=60, lr=1e-3, patience=10, monitor="nll", mirror=True)
+TRAINING = TrainingConfig(epochs=30, lr=2e-3, schedule="cosine", patience=30, monitor="nll", mirror=True)
 NAMES = ["OAT", *KERNELS]
 COLUMNS = {
     "nll": "NLL", "sim": "SIM", "delta": "delta", "step length": "step length",
@@ -66,6 +66,7 @@ def run_fold(
     torch.manual_seed(seed)
     longest = max(len(path) for path in train)
     model = OATModel(OATConfig(**asdict(MODEL) | {"max_length": longest}))
+    model.start_from_steps(MarkovKernel.fit(train).steps)
     settings = TrainingConfig(**asdict(TRAINING) | {"epochs": epochs, "seed": seed})
     validation = trials_of(data.choose(scenes=watch), objects)
     reports = OATTrainer(model, trials_of(train, objects), validation, settings, folder=folder).run()
@@ -190,10 +191,11 @@ def draw_table(table: pd.DataFrame, file: Path) -> None:
         axes.set_title(f"{title} ({'lower' if metric in LOWER else 'higher'} is better)", fontsize=10)
         axes.grid(axis="x", color="0.9")
     panels.flat[-1].axis("off")
-    note = "red: OAT\ngrey: baselines, with human lengths and endings\nbars: 95 % intervals over collages\n"
-    panels.flat[-1].text(
-        0, 0.5, note + "blue, dashed: between people\n(delta and steps: one person against the others)", fontsize=10
+    note = (
+        "red: OAT\ngrey: baselines, with human\nlengths and endings\nbars: 95 % intervals over collages\n"
+        "blue, dashed: between people\n(delta and steps: one person\nagainst the others)"
     )
+    panels.flat[-1].text(0, 0.5, note, fontsize=10, va="center")
     _save(figure, file)
 
 
@@ -241,13 +243,14 @@ def main(
     data: Annotated[Path, typer.Option(help="Amazon.json of the book-cover scanpaths.")] = DATA,
     out: Annotated[Path, typer.Option(help="Gets amazon_covers.json, .md and two PNGs.")] = Path(__file__).parent
     / "results",
+    work: Annotated[Path, typer.Option(help="Where folds are kept, to go on from.")] = Path("runs/amazon-covers"),
     seed: Annotated[int, typer.Option(help="Of folds, weights, draws and intervals.")] = 1234,
     quick: Annotated[bool, typer.Option(help="Two of five folds, two epochs, few samples: does it run?")] = False,
 ) -> None:
     """Cross-validates OAT and the baselines on human scanpaths and writes table and figures."""
     torch.set_num_threads(1)
     human = read_amazon_covers(data).without_outliers()
-    work = out / f"amazon_covers_work{'_quick' if quick else ''}"
+    work = work / f"{'quick' if quick else 'folds'}_{seed}"
     count, samples, epochs, resamples = (2, 4, 2, 50) if quick else (5, 50, TRAINING.epochs, 1000)
     results = all_folds(human, work, folds=5, count=count, seed=seed, samples=samples, epochs=epochs)
     tested = [scene for fold in results for scene in fold["models"]["OAT"]["paths"]]

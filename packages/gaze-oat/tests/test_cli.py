@@ -59,8 +59,8 @@ def test_simulate_writes_paths_that_find_the_target(shelves: Path, tmp_path: Pat
 
 def test_evaluate_prints_and_writes_every_metric(shelves: Path, tmp_path: Path) -> None:
     said = call(
-        "evaluate", shelves / "people.csv", shelves / "people.csv", "--metrics", "ss,fed,multimatch,scanmatch,behaviour",
-        "--resamples", 20, "--out", tmp_path / "table.csv",
+        "evaluate", shelves / "people.csv", shelves / "people.csv", "--resamples", 20,
+        "--metrics", "ss,fed,multimatch,scanmatch,behaviour", "--out", tmp_path / "table.csv",
     )  # fmt: skip
     table = pd.read_csv(tmp_path / "table.csv").set_index("metric")
     assert {"ss", "fed", "scanmatch", "multimatch", "delta"} <= set(table.index)
@@ -141,7 +141,7 @@ def test_boxes_are_read_in_every_form(tmp_path: Path) -> None:
 
 def test_the_most_typical_path_is_nearest_to_all_others() -> None:
     scene = Scene(name="s", width=4, height=1, layout=Layout.grid(1, 4, width=4, height=1), target=3)
-    paths = [[0, 3], [0, 1, 3], [0, 1, 2, 3], [2, 2, 2, 2, 2]]
+    paths = [[0, 3], [0, 1, 3], [0, 1, 2, 3], [3, 3, 3, 3, 3]]
     assert most_typical(ScanpathData([scene], [path_of_objects(scene, str(n), p) for n, p in enumerate(paths)])) == 1
 
 
