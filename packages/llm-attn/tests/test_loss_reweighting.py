@@ -722,7 +722,7 @@ def test_rows_are_altered_as_said(proof):
     recipe = proof.Recipe(batch=500, length=20)
     text = torch.arange(5000) % 251
     kinds = {name: next(make(text, recipe, torch.Generator().manual_seed(0))) for name, make in proof.POOLS.items()}
-    rows_, altered = kinds["clean"]
+    rows_, altered = kinds["as they are"]
     assert not altered.any()
     steps = rows_.diff(dim=1)
     assert ((steps == 1) | (steps == -250)).all()
