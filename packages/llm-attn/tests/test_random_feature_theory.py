@@ -584,7 +584,10 @@ def made_up(models, law):
     config = {"sizes": [64, 256, 1024], "head_counts": [64, 256, 1024], "heads_samples": 9, "d": 16, "num_keys": 4}
     labels = [target.label for target in simulations.TARGETS]
     places = [*(str(n) for n in config["sizes"]), "limit"]
-    errors = {m: {t: {at: {"error": law(m, t, at)} for at in places} for t in labels} for m in models}
+    errors = {
+        m: {t: {at: dict.fromkeys(("error", "over variance"), law(m, t, at)) for at in places} for t in labels}
+        for m in models
+    }
     return [
         {"config": config, "model": m, "seed": seed, "errors": errors[m], "constant": dict.fromkeys(labels, 1.0)}
         for m in models

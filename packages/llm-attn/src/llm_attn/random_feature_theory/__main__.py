@@ -219,7 +219,7 @@ def _draw_curves(runs: list[dict[str, Any]], chosen: Sequence[str], out: Path) -
 def _draw_qk(path: Path | None, out: Path, seed: int) -> claims.Claim:
     from transformers import AutoConfig, AutoModel  # the other figures do without
 
-    folder = path or _minilm()
+    folder, name = (path, path.name) if path is not None else (_minilm(), "all-MiniLM-L6-v2")
     if not folder.is_dir():
         raise ValueError(f"no model at '{folder}': --model takes a folder that save_pretrained wrote")
     trained = AutoModel.from_pretrained(folder, dtype=torch.float32)
@@ -227,11 +227,11 @@ def _draw_qk(path: Path | None, out: Path, seed: int) -> claims.Claim:
         torch.manual_seed(seed)
         random = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     pictures = [[qk_mean(model, at) for at in range(num_attention_layers(model))] for model in (trained, random)]
-    figures.draw_diagonals(pictures[0], pictures[1], f"{folder.name}: how far the diagonal stands out", out / "qk.png")
+    figures.draw_diagonals(pictures[0], pictures[1], name, out / "qk.png")
     ratios = [[figures.diagonal_ratio(matrix) for matrix in of_model] for of_model in pictures]
     highest = max(ratios[1])
     return claims.Claim(
-        f"W_Q^T W_K of a trained transformer has a diagonal ({folder.name})",
+        f"W_Q^T W_K of a trained transformer has a diagonal ({name})",
         max(ratios[0]) > 2 * highest,
         f"diagonal over rest, by layer: {', '.join(f'{ratio:.2f}' for ratio in ratios[0])}; "
         f"random weights at most {highest:.2f}",

@@ -5,13 +5,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 from torch import Tensor
 
 from llm_attn.random_feature_theory.bounds import biased_gain
@@ -21,12 +22,14 @@ from llm_attn.random_feature_theory.simulations import MODELS, write_text
 COLOURS = {"RFA": "#2266aa", "BRFA": "#cc5522", "RFMLP": "#777777"}
 MARKERS = {"RFA": "o", "BRFA": "s", "RFMLP": "^"}
 _LINES = ("-", "--", ":")
+_DIAGONAL_COLOURS = {"trained": "#2266aa", "random weights": "#b0b7c3"}
 Runs = Sequence[Mapping[str, Any]]
+Measure = Literal["error", "over variance"]
 
 
-def mean_and_spread(runs: Runs, model: str, target: str, at: str) -> tuple[float, float]:
+def mean_and_spread(runs: Runs, model: str, target: str, at: str, measure: Measure = "error") -> tuple[float, float]:
     """Mean and standard deviation over seeds of a model's error on a target at some n or M; nan without runs."""
-    found = [run["errors"][target][at]["error"] for run in runs if run["model"] == model]
+    found = [run["errors"][target][at][measure] for run in runs if run["model"] == model]
     return (float(np.mean(found)), float(np.std(found))) if found else (math.nan, math.nan)
 
 
@@ -38,7 +41,8 @@ def draw_samples(runs: Runs, targets: Sequence[str], title: str, path: Path) -> 
         for model in MODELS:
             _curve(axes, sizes, [mean_and_spread(runs, model, target, str(n)) for n in sizes], model)
         _constant_line(axes, runs, target)
-        axes.set(xlabel="samples n", yscale="log", title=_with_gain(target, runs[0]["config"]["d"]))
+        _log_errors(axes)
+        axes.set(xlabel="samples n", title=_with_gain(target, runs[0]["config"]["d"]))
         _log2(axes, sizes)
     _finish(figure, f"{title}; {_seeds(runs)}")
     _write_table(runs, targets, [str(n) for n in sizes], "n", path)
@@ -46,7 +50,10 @@ def draw_samples(runs: Runs, targets: Sequence[str], title: str, path: Path) -> 
 
 
 def draw_complexity(runs: Runs, path: Path) -> Path:
-    """Test error against the degree p or q and against the mixing g, at three n (E3)."""
+    """Test error against the degree p or q and against the mixing g, at three n (E3).
+
+    Over the variance of y: an even power is mostly its mean, which any model gets, so targets would not compare.
+    """
     sizes = runs[0]["config"]["sizes"][::-2][:3][::-1]
     families: dict[str, dict[float, str]] = {
         "degree p of the average": {p: f"average p={p}" for p in (1, 2, 3, 4)},
@@ -58,14 +65,15 @@ def draw_complexity(runs: Runs, path: Path) -> Path:
         },
     }
     figure = Figure(figsize=(11.6, 4.1), layout="constrained")
-    for axes, (name, targets) in zip(figure.subplots(1, 3, sharey=True), families.items(), strict=True):
+    for axes, (name, targets) in zip(figure.subplots(1, 3), families.items(), strict=True):
         for model in MODELS:
             for n, line in zip(sizes, _LINES[::-1][-len(sizes) :], strict=True):
-                points = [mean_and_spread(runs, model, target, str(n)) for target in targets.values()]
+                points = [mean_and_spread(runs, model, each, str(n), "over variance") for each in targets.values()]
                 _curve(axes, list(targets), points, model, line=line, label=f"{model}, n={n}")
+        axes.axhline(1, color="black", linestyle=":", linewidth=1, label="best constant")
         axes.set(xlabel=name, xticks=list(targets))
-    figure.axes[0].set_ylabel("test error / mean of y²")
-    figure.axes[0].set_yscale("log")
+        _log_errors(axes)
+    figure.axes[0].set_ylabel("test error / variance of y")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"Samples against complexity of the target; {_seeds(runs)}", fontsize=11)
     names = list(dict.fromkeys(target for targets in families.values() for target in targets.values()))
@@ -98,23 +106,36 @@ def draw_diagonals(
     """|W_Q^T W_K| of a trained model's most diagonal layer, and the ratio of every layer beside random weights."""
     ratios = {"trained": [diagonal_ratio(m) for m in trained], "random weights": [diagonal_ratio(m) for m in random]}
     layer = int(np.argmax(ratios["trained"]))
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    matrix, bars = figure.subplots(1, 2, width_ratios=[1, 1.15])
-    shown = trained[layer][:64, :64]
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
+    matrix, offsets, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
+    shown = trained[layer][:48, :48]
     top = float(torch.quantile(shown.flatten(), 0.995))
     image = matrix.imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=top)
     figure.colorbar(image, ax=matrix, shrink=0.85)
     matrix.set(title=f"layer {layer}: mean over heads of |W_Qᵀ W_K|,\nfirst {len(shown)} of {len(trained[layer])} rows")
+    for which, of_layer in zip(ratios, (trained[layer], random[layer]), strict=True):
+        offsets.plot(*_by_offset(of_layer), marker=".", color=_DIAGONAL_COLOURS[which], label=which)
+    offsets.set(
+        xlabel="column - row", ylabel="mean of that diagonal / mean of all", title=f"layer {layer}: every diagonal"
+    )
+    offsets.legend(frameon=False)
     for number, (which, values) in enumerate(ratios.items()):
         places = np.arange(len(values)) + 0.4 * number
-        bars.bar(places, values, 0.4, align="edge", label=which, color=("#2266aa", "#b0b7c3")[number])
+        bars.bar(places, values, 0.4, align="edge", label=which, color=_DIAGONAL_COLOURS[which])
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set_xticks(np.arange(len(trained)) + 0.4, [str(at) for at in range(len(trained))])
     bars.set(xlabel="layer", ylabel="mean of diagonal / mean of the rest", title=name)
-    bars.legend(frameon=False)
+    bars.set_ylim(0, 1.2 * max(ratios["trained"]))
+    bars.legend(frameon=False, ncols=2, loc="upper center")
     rows = [["layer", *ratios], *([at, *pair] for at, pair in enumerate(zip(*ratios.values(), strict=True)))]
     write_text(path.with_suffix(".csv"), _csv(rows))
     return save(figure, path)
+
+
+def _by_offset(matrix: Float[Tensor, "d d"], reach: int = 24) -> tuple[range, list[float]]:
+    """Mean of each diagonal near the middle one over the mean of all entries."""
+    places = range(-min(reach, len(matrix) - 1), min(reach, len(matrix) - 1) + 1)
+    return places, [float(matrix.diagonal(at).mean() / matrix.mean()) for at in places]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -150,6 +171,13 @@ def _log2(axes: Axes, values: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(value) for value in values], fontsize=8)
     axes.xaxis.minorticks_off()
+
+
+def _log_errors(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
 def _finish(figure: Figure, title: str) -> None:
