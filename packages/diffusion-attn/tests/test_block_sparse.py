@@ -1,15 +1,12 @@
-"""The baselines: plain block-sparse attention and sliding tiles; and the schedule, which all methods share."""
-
-import logging
+"""The baselines: plain block-sparse attention and sliding tiles."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from diffusion_attn.block_sparse import BlockSparseConfig, SlidingTileConfig, block_sparse_attention, tile_lists
-from diffusion_attn.diffusers.door import Schedule
 from diffusion_attn.diffusers.methods import apply_block_sparse, apply_sliding_tile
-from diffusion_attn.testing import DoorTests, inputs_of, output_of, tiny_model
+from diffusion_attn.testing import DoorTests, output_of
 from diffusion_attn.token_order import tile_order
 from diffusion_attn.visual_attention import listed_blocks
 
@@ -60,7 +57,6 @@ def test_a_window_of_all_tiles_is_dense():
         (BlockSparseConfig, {"order": "z"}, "order must be"),
         (SlidingTileConfig, {"tile": (2, 2)}, "tile must be"),
         (SlidingTileConfig, {"window": (1, 2, 3)}, "window must be three odd"),
-        (Schedule, {"dense_steps": -1}, "must not be negative"),
     ],
 )
 def test_wrong_settings_are_refused(config, wrong, message):
@@ -90,46 +86,3 @@ class TestSlidingTileDoor(DoorTests):
             pytest.raises(ValueError, match="do not divide"),
         ):
             output_of(model, inputs)
-
-
-def sparse(model, **schedule):
-    return apply_block_sparse(model, BlockSparseConfig(density=0.2, block_size=(8, 8)), schedule=Schedule(**schedule))
-
-
-def test_layers_that_stay_dense():
-    model, inputs = tiny_model("wan"), inputs_of("wan")
-    with sparse(model, dense_layers=(0,)) as handle:
-        output_of(model, inputs)
-        assert handle.layers_changed == (1,)
-        assert handle.densities() == {1: pytest.approx(1 / 9)}
-    with pytest.raises(ValueError, match="leaves none of the 2 layers"):
-        sparse(model, dense_layers=(0, 1))
-
-
-def test_steps_that_stay_dense():
-    """Both calls of a step are dense, the next step is sparse, and a new picture begins anew."""
-    model, inputs = tiny_model("wan"), inputs_of("wan")
-    host = {time: output_of(model, inputs | {"timestep": torch.full((2,), time)}) for time in (900.0, 500.0)}
-    with sparse(model, dense_steps=1):
-        for time, dense in ((900.0, True), (900.0, True), (500.0, False), (900.0, True), (500.0, False)):
-            found = output_of(model, inputs | {"timestep": torch.full((2,), time)})
-            assert torch.equal(found, host[time]) == dense
-
-
-def test_short_sequences_stay_dense_and_it_is_said_once(caplog):
-    model, inputs = tiny_model("wan"), inputs_of("wan")
-    host = output_of(model, inputs)
-    with caplog.at_level(logging.WARNING), sparse(model, dense_below=100):
-        assert torch.equal(output_of(model, inputs), host)
-        output_of(model, inputs)
-    assert [record.getMessage() for record in caplog.records] == [
-        "attention stays dense: 72 visual tokens are fewer than dense_below=100"
-    ]
-
-
-def test_pictures_side_by_side_in_one_sequence_are_refused():
-    model, inputs = tiny_model("flux"), inputs_of("flux")
-    ids = inputs["img_ids"].clone()
-    ids[0, 1] = 9
-    with sparse(model), pytest.raises(ValueError, match="are no grid"):
-        output_of(model, inputs | {"img_ids": ids})

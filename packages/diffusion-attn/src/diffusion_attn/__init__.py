@@ -9,6 +9,8 @@ from diffusion_attn.diffusers.methods import (
     apply_sliding_tile,
 )
 from diffusion_attn.diffusers.saving import load_transformer, save_transformer
+from diffusion_attn.diffusers.subject_insertion import InContextBrush, apply_in_context_brush
+from diffusion_attn.in_context_brush import InContextBrushConfig, in_context_attention
 from diffusion_attn.rectified_sparse import RectifiedSparseConfig, rectified_sparse_attention
 from diffusion_attn.sla import SLAConfig, SparseLinearAttention, classify_blocks, sla_flops, sparse_linear_parts
 from diffusion_attn.token_order import gilbert_order, inverse_order, raster_order, tile_order
@@ -17,6 +19,8 @@ from diffusion_attn.visual_attention import TextKeys
 
 __all__ = [
     "BlockSparseConfig",
+    "InContextBrush",
+    "InContextBrushConfig",
     "RectifiedSparseConfig",
     "SLAConfig",
     "Schedule",
@@ -25,6 +29,7 @@ __all__ = [
     "TextKeys",
     "VisualHandle",
     "apply_block_sparse",
+    "apply_in_context_brush",
     "apply_rectified_sparse",
     "apply_sla",
     "apply_sliding_tile",
@@ -33,6 +38,7 @@ __all__ = [
     "distillation_loss",
     "flow_matching_loss",
     "gilbert_order",
+    "in_context_attention",
     "inverse_order",
     "load_transformer",
     "log_normal_times",

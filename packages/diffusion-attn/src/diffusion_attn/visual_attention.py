@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from shared_kernels import BlockLists, TransposedLists, merge_states, sparse_attention
 
+_ROWS = 128
+
 
 @dataclass(frozen=True)
 class TextKeys:
@@ -88,20 +90,35 @@ def spread(of_blocks: Float[Tensor, "B H nq E"], block_size: int, tokens: int) -
     return of_blocks.repeat_interleave(block_size, 2)[:, :, :tokens]
 
 
-def attend_text(
-    query: Float[Tensor, "B H T D"],
+def attend_all(
+    query: Float[Tensor, "B H n D"],
     key: Float[Tensor, "B H S D"],
     value: Float[Tensor, "B H S E"],
     text: TextKeys,
     *,
     scale: float | None = None,
-) -> Float[Tensor, "B H T E"]:
-    """Dense attention of text queries over all visual keys and the valid text."""
+) -> Float[Tensor, "B H n E"]:
+    """Dense attention of any queries, such as those of text, over all visual keys and the valid text."""
     keys, values = torch.cat([key, text.key], 2), torch.cat([value, text.value], 2)
     mask = None
     if text.valid is not None:
         mask = F.pad(text.valid, (key.shape[2], 0), value=True)[:, None, None]
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+
+
+def attend_with_lse(
+    query: Float[Tensor, "B H n D"],
+    key: Float[Tensor, "B H S D"],
+    value: Float[Tensor, "B H S E"],
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "B H n E"], Float[Tensor, "B H n"]]:
+    """Dense attention and the log-sum-exp of its scores, without the map."""
+    blocks = -(-query.shape[2] // _ROWS)
+    everything = torch.zeros(query.shape[0], 1, blocks, 1, dtype=torch.int32, device=query.device)
+    size = (_ROWS, max(key.shape[2], 1))
+    out, lse = sparse_attention(query, key, value, everything, block_size=size, scale=scale, return_lse=True)
+    return out, lse
 
 
 def block_sizes(tokens: int, block_size: int, like: Tensor) -> Float[Tensor, "N"]:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion_attn.diffusers.families import Family, attention_modules, family_of
 from diffusion_attn.token_order import Grid, inverse_order
-from diffusion_attn.visual_attention import TextKeys, attend_text
+from diffusion_attn.visual_attention import TextKeys, attend_all
 from shared_kernels.handle import Handle
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class _Layer:
         out = self._attend_visual(*seen, words, scale)
         if words is None:
             return out
-        written = attend_text(query[:, :, of_text], seen[1], seen[2], words, scale=scale)
+        written = attend_all(query[:, :, of_text], seen[1], seen[2], words, scale=scale)
         return torch.cat([written, out] if self.family.text == "first" else [out, written], 2)
 
     def _attend_visual(
