@@ -90,7 +90,8 @@ def run(
         typer.Option("--count-embeddings/--skip-embeddings", help="What --keep is of (default: Llama kinds skip)."),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="'full' trains weights with the gates, 'fast' on 3 % of the text, 'faster' gates alone.")
+        Mode,
+        typer.Option(help="'full' trains weights with the gates, 'fast' on 3 % of the text, 'faster' gates alone."),
     ] = Mode.full,
     layout: Annotated[
         Layout, typer.Option(help="'ragged' gives layers their own sizes; it loads with trust_remote_code=True.")
@@ -122,7 +123,7 @@ def run(
             seed=seed,
         )
         finetuning = FinetuneConfig(steps=finetune_steps, batch_size=batch, learning_rate=learning_rate, seed=seed)
-        gates = VTransConfig(log_variance=-3.0, slope=2.0, layout=layout.value, count_embeddings=whole, seed=seed)
+        gates = VTransConfig(layout=layout.value, count_embeddings=whole, seed=seed)
         config = CompressionConfig(pruning=pruning, finetuning=finetuning, gates=gates, tokens=tokens)
         report = _compress(texts, text, model, out, config)
     _show(report, out)
@@ -144,7 +145,14 @@ def probe(
     """
     import json
 
-    from llm_attn.vtrans import Structure, draw_attention, load_for_compression, load_shrunk, probe_attention, read_texts
+    from llm_attn.vtrans import (
+        Structure,
+        draw_attention,
+        load_for_compression,
+        load_shrunk,
+        probe_attention,
+        read_texts,
+    )
     from llm_attn.vtrans.compressing import encode
 
     with _explained():

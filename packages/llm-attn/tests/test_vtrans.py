@@ -263,7 +263,7 @@ def test_the_shrunk_model_is_the_masked_one(name, layout, tmp_path):
 
 
 def test_the_three_counts_of_the_paper():
-    """4 D k K + 3 m K + 2 K a layer for Llama, 2 D k K (1 + g) of attention where heads are grouped, biases for GPT-2."""
+    """4 D k K + 3 m K + 2 K a layer for Llama, 2 D k K (1 + g) of attention where heads are grouped, GPT-2 with biases."""
     d_head, k, m, hidden = 4, 2, 17, 12
     one = {"hidden": tuple(range(hidden)), "layers": (0, 1, 2), "inter": (tuple(range(m)),) * 3, "heads": ((0, 1),) * 3}
     structure = Structure(**one)
@@ -337,7 +337,13 @@ def test_checkpoints_load_without_this_package(tmp_path):
     """In a process that cannot import llm_attn: stock ones by themselves, ragged ones by the file they carry."""
     cases = {}
     for index, (name, layout) in enumerate(
-        [("bert", "stock"), ("gpt2, tied", "stock"), ("llama, grouped and tied", "stock"), ("llama", "ragged"), ("bert", "ragged")]
+        [
+            ("bert", "stock"),
+            ("gpt2, tied", "stock"),
+            ("llama, grouped and tied", "stock"),
+            ("llama", "ragged"),
+            ("bert", "ragged"),
+        ]
     ):
         model, handle, structure = gated(name, layout=layout)
         small = shrink(model, structure, gates=handle.gates)
@@ -403,7 +409,9 @@ def test_kept_units_are_nested_and_widths_are_multiples():
     for sparsity in (0.2, 0.4, 0.6):
         chosen = choose_structure(scores, handle.size, sparsity)
         assert handle.size.sparsity(chosen.counts) >= sparsity
-        for kept, score in zip((chosen.hidden, *chosen.inter, *chosen.heads), (scores.hidden, *scores.inter, *scores.heads), strict=True):
+        for kept, score in zip(
+            (chosen.hidden, *chosen.inter, *chosen.heads), (scores.hidden, *scores.inter, *scores.heads), strict=True
+        ):
             assert set(kept) == set(score.argsort()[: len(kept)].tolist())
         if last is not None:
             assert set(chosen.hidden) <= set(last.hidden)
@@ -495,9 +503,7 @@ def test_magnitude_keeps_the_largest():
         model.model.layers[1].mlp.down_proj.weight[:, 5] *= 30
         model.model.layers[0].self_attn.v_proj.weight[4:8] *= 30  # key head 1
         model.model.embed_tokens.weight[:, 7] *= 30
-    like = replace(
-        Structure.whole(model), hidden=(0,), heads=((0,), (0,), (0,)), inter=((0,), (0,), (0,))
-    )
+    like = replace(Structure.whole(model), hidden=(0,), heads=((0,), (0,), (0,)), inter=((0,), (0,), (0,)))
     chosen = magnitude_structure(model, like)
     assert chosen.hidden == (7,)
     assert chosen.heads[0] == (1,)
@@ -507,14 +513,17 @@ def test_magnitude_keeps_the_largest():
 def test_layers_are_dropped_evenly_and_narrowed_where_that_is_not_enough():
     model = build("bert", num_hidden_layers=6)
     size = SizeModel(model, layout="stock")
-    dropped = layer_drop_structure(model, size, 0.45)
+    whole = Structure.whole(model)
+    half = replace(whole.counts, layers=[1, 0, 1, 0, 0, 1])
+    dropped = layer_drop_structure(model, size, size.sparsity(half) - 0.01)
     assert dropped.layers == (0, 2, 5)
-    assert len(dropped.hidden) == 24
-    narrow = layer_drop_structure(model, size, 0.95)
+    assert dropped.hidden == whole.hidden
+    assert layer_drop_structure(model, size, size.sparsity(half) + 0.01).layers == (0, 5)
+    narrow = layer_drop_structure(model, size, 0.85)
     assert narrow.layers == (0, 2, 5)
     assert len(narrow.hidden) < 24
     assert fits_stock(model, narrow) is None
-    assert size.sparsity(narrow.counts) >= 0.95
+    assert size.sparsity(narrow.counts) >= 0.85
 
 
 # ---- training
@@ -522,20 +531,23 @@ def test_layers_are_dropped_evenly_and_narrowed_where_that_is_not_enough():
 
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
 def test_the_constraint_reaches_its_target(target):
-    """Without a task, three times the warm-up is enough."""
+    """Against gradients that do not change, three times the warm-up is enough."""
     model = build("llama", num_hidden_layers=2)
-    handle = apply_vtrans(model, VTransConfig(log_variance=-2.0, layout="ragged"))
-    warm = 300
+    handle = apply_vtrans(model, VTransConfig(layout="ragged"))
+    warm = 100
     constraint = SizeConstraint(target, warm_up_steps=warm)
     gates = torch.optim.AdamW(handle.gates.parameters(), lr=0.05, weight_decay=0.0)
-    lambdas = torch.optim.AdamW(constraint.parameters(), lr=0.1, weight_decay=0.0, maximize=True)
+    lambdas = torch.optim.AdamW(constraint.parameters(), lr=1.0, weight_decay=0.0, maximize=True)
     assert constraint.target_at(warm // 2) == pytest.approx(target / 2)
+    generator = torch.Generator().manual_seed(0)
+    task = [1e-4 * torch.rand(gate.mu.shape, generator=generator) for gate in handle.gates.all()]
     for step in range(3 * warm):
         gates.zero_grad()
         lambdas.zero_grad()
         gates.param_groups[0]["lr"] = 0.05 * (1 - step / (3 * warm))
         sparsity = handle.sparsity()
-        (1e-6 * handle.gates.kl() + constraint(sparsity, step)).backward()
+        frozen = sum((g * gate.log_variance).sum() for g, gate in zip(task, handle.gates.all(), strict=True))
+        (1e-6 * handle.gates.kl() + frozen + constraint(sparsity, step)).backward()
         gates.step()
         lambdas.step()
     assert abs(handle.sparsity().item() - target) <= 0.005
@@ -583,7 +595,7 @@ def text(rows, length=24, seed=0):
 
 def trainer(model, *, folder=None, steps=8, on_step=None, mode="faster", **more):
     config = PruningConfig(target_sparsity=0.4, steps=steps, batch_size=4, check_every=3, gate_lr=0.1, mode=mode)
-    gates = VTransConfig(log_variance=-2.0, slope=2.0)
+    gates = VTransConfig(log_variance=-2.0)
     return VTransTrainer(model, text(40), config=config, gates=gates, folder=folder, on_step=on_step, **more)
 
 
@@ -643,21 +655,25 @@ def test_a_stopped_training_ends_as_one_that_was_not(mode, tmp_path):
         trainer(build("llama"), folder=tmp_path, steps=9, mode=mode).train()
 
 
-def test_the_best_state_near_the_target_is_kept():
-    """Judged on held-out texts with the masks of the target; a state far from the target is not."""
+def test_the_best_state_near_the_target_is_kept(monkeypatch):
+    """Judged with the masks of the target; a state far from the target is not."""
+    judged = iter([2.0, 3.0, 1.0])
+    monkeypatch.setattr("llm_attn.vtrans.training.evaluate", lambda *_, **__: next(judged))
     run = trainer(build("llama"), held_out=text(8, seed=1))
-    progress = {"best": None}
-    run._look(progress, sparsity=0.2)
-    assert progress["best"] is None
-    run._look(progress, sparsity=0.3995)
-    first, kept = progress["best"], run.handle.gates.hidden.mu.detach().clone()
-    assert first > 0
+    progress, means = {"best": None}, []
+    for sparsity, best in ((0.2, None), (0.3995, 2.0), (0.399, 2.0), (0.4005, 1.0)):
+        with torch.no_grad():
+            run.handle.gates.hidden.mu.add_(0.1)
+        means.append(run.handle.gates.hidden.mu.detach().clone())
+        run._look(progress, sparsity=sparsity)
+        assert progress["best"] == best
+        if best == 2.0:
+            run_kept = run._best["best_gates"].hidden.mu
+            assert torch.equal(run_kept, means[1])
     with torch.no_grad():
-        run.handle.gates.hidden.mu.mul_(torch.linspace(-20, 20, 24))
-    run._look(progress, sparsity=0.3995)
-    assert progress["best"] == first
+        run.handle.gates.hidden.mu.zero_()
     run._restore()
-    assert torch.equal(run.handle.gates.hidden.mu, kept)
+    assert torch.equal(run.handle.gates.hidden.mu, means[3])
 
 
 def test_masks_come_before_the_small_model():
@@ -669,12 +685,15 @@ def test_masks_come_before_the_small_model():
     assert 0.3 <= sizes[0] < 0.6 <= sizes[1]
 
 
+@pytest.mark.slow
 def test_gates_beat_magnitude_on_a_trained_model():
-    """A text model is trained for 300 steps; at half the size, gates alone lose less than magnitude (mean of 3 seeds)."""
+    """Trained for 300 steps; at half the size, gates alone lose less than magnitude (mean of 3 seeds)."""
     rises = {"gates": [], "magnitude": []}
     held = text(64, seed=7)
     for seed in range(3):
-        model = build("llama", seed=seed, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, initializer_range=0.1)
+        model = build(
+            "llama", seed=seed, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, initializer_range=0.1
+        )
         model.config.num_hidden_layers = 2
         model.model.layers = model.model.layers[:2]
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -685,12 +704,16 @@ def test_gates_beat_magnitude_on_a_trained_model():
             model(rows, labels=rows).loss.backward()
             optimizer.step()
         dense = np.log(perplexity(model, held))
-        config = PruningConfig(target_sparsity=0.5, mode="faster", steps=150, batch_size=8, gate_lr=0.1, lambda_lr=1.0, check_every=150)
-        run = VTransTrainer(model, list(data), config=config, gates=VTransConfig(log_variance=-2.0, slope=2.0, seed=seed))
+        config = PruningConfig(
+            target_sparsity=0.5, mode="faster", steps=150, batch_size=8, gate_lr=0.1, check_every=150
+        )
+        run = VTransTrainer(model, list(data), config=config, gates=VTransConfig(log_variance=-2.0, seed=seed))
         structure = run.train()
         rises["gates"].append(np.log(perplexity(run.shrink(), held)) - dense)
         run.handle.remove()
-        rises["magnitude"].append(np.log(perplexity(shrink(model, magnitude_structure(model, structure)), held)) - dense)
+        rises["magnitude"].append(
+            np.log(perplexity(shrink(model, magnitude_structure(model, structure)), held)) - dense
+        )
         assert dense < 3.0  # of log 58 = 4.06: it has learned
     assert np.mean(rises["gates"]) < np.mean(rises["magnitude"])
 
@@ -710,7 +733,13 @@ def test_finetuning_lowers_the_loss_and_resumes(tmp_path):
         objective = objective_for(model).narrowed(structure.hidden)
         config = FinetuneConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_every=4)
         return finetune(
-            shrink(model, structure), model, text(30), objective=objective, config=config, folder=folder, on_step=on_step
+            shrink(model, structure),
+            model,
+            text(30),
+            objective=objective,
+            config=config,
+            folder=folder,
+            on_step=on_step,
         )
 
     whole = run(None)
@@ -743,7 +772,7 @@ def test_the_language_objective_is_its_formula():
         [F.mse_loss(s[seen] @ objective.projection.T, t[seen]) for s in own.hidden_states[1:]]
         for t in their.hidden_states[1:]
     ]
-    chosen = match_layers(torch.tensor(distance))
+    chosen = match_layers(torch.stack([torch.stack(row) for row in distance]).detach())
     layers = sum(distance[j][m] for j, m in enumerate(chosen))
     assert found.item() == pytest.approx((0.7 * task + 0.3 * logit + 0.2 * layers).item(), rel=1e-5)
     plain = LanguageObjective(24, ObjectiveConfig(logits=0.0))(student, teacher, batch)
@@ -768,8 +797,7 @@ def test_taught_layers_and_their_match():
     assert taught_layers(6) == [1, 2, 4, 5]
     assert taught_layers(2) == [0, 1]
     distances = torch.tensor([[9.0, 1, 5, 7], [0, 3, 2, 8], [4, 5, 3, 6]])
-    assert match_layers(distances) == [1, 1, 2] or match_layers(distances) == [0, 0, 2]
-    assert match_layers(distances)[-1] == 2
+    assert match_layers(distances) == [0, 0, 2]  # the first student layer serves two
     assert match_layers(torch.tensor([[3.0, 1, 2], [2, 1, 5], [5, 4, 1]])) == [0, 1, 2]
 
 

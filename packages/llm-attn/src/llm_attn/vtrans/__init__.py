@@ -1,13 +1,14 @@
 """VTrans: shrink a transformer to a given size by gates that an information bottleneck trains.
 
-`apply_vtrans` puts a Gaussian gate on every channel of the residual stream, attention head, feed-forward unit and layer;
-`VTransTrainer` trains them under a size constraint, with the weights ("full", "fast") or alone ("faster"); `shrink`
-writes what stays into an ordinary transformers model; `finetune` trains it. `compress` does all of it, to a folder.
+`apply_vtrans` puts a Gaussian gate on every channel of the residual stream, attention head, feed-forward unit and
+layer; `VTransTrainer` trains them under a size constraint, with the weights ("full", "fast") or alone ("faster");
+`shrink` writes what stays into an ordinary transformers model; `finetune` trains it. `compress` does all of it, to a
+folder.
 
 Dutta et al., "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck based Pruning",
-arXiv:2406.05276. Its code is not published; gates and size constraint follow the same authors' code for language models
-("Efficient LLM Pruning with Global Token-Dependency Awareness and Hardware-Adapted Inference", ES-FoMo workshop 2024).
-What both leave open is decided at the head of each file.
+arXiv:2406.05276. Its code is not published; gates and size constraint follow the same authors' code for language
+models ("Efficient LLM Pruning with Global Token-Dependency Awareness and Hardware-Adapted Inference", ES-FoMo
+workshop 2024). What both leave open is decided at the head of each file.
 """
 
 from llm_attn.vtrans.baselines import layer_drop_structure, magnitude_scores, magnitude_structure

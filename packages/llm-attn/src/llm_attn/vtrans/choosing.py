@@ -1,9 +1,9 @@
 """Which units stay when a size is given: those with the smallest scores, in numbers that the layout allows.
 
-Gates give scores that can be compared across all kinds of units, log alpha; one threshold on it decides how many of each
-kind stay, and is moved until the budget of parameters is met. With the layout "stock" the numbers are then made even:
-as many heads in every layer as they have on average, a hidden width that these divide, and the feed-forward width that
-uses the budget up.
+Gates give scores that can be compared across all kinds of units, log alpha; one threshold on it decides how many of
+each kind stay, and is moved until the budget of parameters is met. With the layout "stock" the numbers are then made
+even: as many heads in every layer as they have on average, a hidden width that these divide, and the feed-forward
+width that uses the budget up.
 
 Dutta et al., arXiv:2406.05276. Decided here: the threshold is moved to the budget instead of being 0, where the size
 constraint leaves it only almost; so several sizes can be had from one training. At least one head and one
@@ -14,7 +14,7 @@ Shapes: d hidden, H heads, m feed-forward width, L layers.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -50,9 +50,7 @@ class Scores:
         )
 
 
-def choose_structure(
-    scores: Scores, size: SizeModel, target_sparsity: float, *, multiple_of: int = 1
-) -> Structure:
+def choose_structure(scores: Scores, size: SizeModel, target_sparsity: float, *, multiple_of: int = 1) -> Structure:
     """The structure with the largest number of parameters that is within (1 - target_sparsity) of the whole model's.
 
     multiple_of: to which the hidden and feed-forward widths are rounded. ValueError where no structure is small enough,
@@ -73,9 +71,29 @@ def choose_structure(
             high = middle - 1
     if best is None:
         raise ValueError(
-            f"no structure of sparsity {target_sparsity} was found for these gates; train them to this target, or lower it"
+            f"no structure of sparsity {target_sparsity} was found for these gates; train them to it, or lower it"
         )
-    return best
+    return _filled(best, scores, size, budget) if size.layout == "ragged" and multiple_of == 1 else best
+
+
+def _filled(structure: Structure, scores: Scores, size: SizeModel, budget: float) -> Structure:
+    """With as many more feed-forward units, smallest scores first, as the budget still holds."""
+    kept = [set(units) for units in structure.inter]
+    left = size.parameters(structure.counts)
+    waiting = sorted(
+        (score, layer, unit)
+        for layer in structure.layers
+        for unit, score in enumerate(scores.inter[layer].tolist())
+        if unit not in kept[layer]
+    )
+    cost = size.parameters(_one_more(structure.counts, structure.layers[0])) - left
+    for _, layer, unit in waiting[: int((budget - left) // cost)]:
+        kept[layer].add(unit)
+    return replace(structure, inter=tuple(tuple(sorted(units)) for units in kept))
+
+
+def _one_more(counts: Counts, layer: int) -> Counts:
+    return replace(counts, inter=[width + (index == layer) for index, width in enumerate(counts.inter)])
 
 
 def check_target(size: SizeModel, target_sparsity: float, *, multiple_of: int = 1) -> None:
@@ -87,8 +105,8 @@ def check_target(size: SizeModel, target_sparsity: float, *, multiple_of: int = 
     most = float(size.sparsity(smallest))
     if target_sparsity > most:
         raise ValueError(
-            f"a sparsity of {target_sparsity} cannot be met: with one head and {inter} feed-forward units in each layer "
-            f"and {smallest.hidden} channels it is {most:.3f}; lower target_sparsity"
+            f"a sparsity of {target_sparsity} cannot be met: with one head and {inter} feed-forward units in each "
+            f"layer and {smallest.hidden} channels it is {most:.3f}; lower target_sparsity"
         )
 
 
@@ -129,17 +147,16 @@ def _even(
     count = max(1, round(sum(heads) / len(heads)))
     mean = sum(inter) / len(inter)
     step = _hidden_step(size, count, multiple_of)
-    wide = len(scores.inter[0])
     options = []
     for width in {max(step, hidden // step * step), min(-(-hidden // step) * step, len(scores.hidden))}:
         if width % step or width > len(scores.hidden):
             continue
         each = width // size.anatomy.head_dim if size.anatomy.family.square_attention else count
-        for filled in (_largest(scores, size, layers, width, each, multiple_of, budget),):
-            left = size.parameters(_counts(scores, layers, width, each, filled))
-            if filled and left <= budget:
-                away = abs(width / hidden - 1) + abs(filled / mean - 1) + (1 - left / budget)
-                options.append((away, width, each, filled))
+        filled = _largest(scores, size, layers, width, each, multiple_of, budget)
+        left = size.parameters(_counts(scores, layers, width, each, filled))
+        if filled and left <= budget:
+            away = abs(width / hidden - 1) + abs(filled / mean - 1) + (1 - left / budget)
+            options.append((away, width, each, filled))
     # at this threshold the wanted sizes must fit, or a larger threshold would be no larger model
     fits = size.parameters(_counts(scores, layers, hidden, count, round(mean))) <= budget
     if not options or not fits:

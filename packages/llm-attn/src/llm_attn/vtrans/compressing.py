@@ -12,8 +12,8 @@ One text in twenty is held out, for choosing the best state and for the figures 
 import json
 import logging
 import shutil
-from copy import deepcopy
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from llm_attn.vtrans.measuring import NEIGHBOURS, embedding_agreement, embedding
 from llm_attn.vtrans.objectives import ObjectiveConfig, objective_for
 from llm_attn.vtrans.pictures import draw_structure, draw_training
 from llm_attn.vtrans.resuming import write_json
-from llm_attn.vtrans.shrinking import load_shrunk, shrink
+from llm_attn.vtrans.shrinking import load_shrunk
 from llm_attn.vtrans.structure import SizeModel, Structure
 from llm_attn.vtrans.training import FinetuneConfig, PruningConfig, VTransTrainer, finetune
 
@@ -51,8 +51,7 @@ class CompressionConfig:
 
     pruning: PruningConfig = field(default_factory=PruningConfig)
     finetuning: FinetuneConfig = field(default_factory=FinetuneConfig)
-    gates: VTransConfig = field(default_factory=lambda: VTransConfig(log_variance=-3.0, slope=2.0))
-    """Starts nearer to noise than published, and counts more softly, which takes hundreds of steps instead of thousands."""
+    gates: VTransConfig = field(default_factory=VTransConfig)
     objective: ObjectiveConfig | None = None
     """None: what `objective_for` takes."""
     tokens: int = 128
@@ -275,7 +274,7 @@ class _Job:
     ) -> dict[str, Any]:
         seconds = latency([self._teacher, small], tokens=self.config.tokens)
         counts = structure.counts
-        report = {
+        return {
             "original": original | {"latency ms": 1000 * seconds[0], "weights MB": _megabytes(self._teacher)},
             "compressed": self._figures(small)
             | {"latency ms": 1000 * seconds[1], "weights MB": weight_bytes(self.out / "model") / 1e6},
@@ -289,7 +288,6 @@ class _Job:
             "tokens": self.config.tokens,
             "threads": torch.get_num_threads(),
         }
-        return report
 
 
 def _copy_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,15 +1,16 @@
 """The gate of VTrans: one Gaussian multiplier per unit, trained by a variational information bottleneck.
 
-A unit's output is multiplied by z = mu + sigma * eps, eps ~ N(0, 1). Noise that does not hurt may grow, and a unit whose
-gate carries more noise than signal (sigma^2 > mu^2) goes. With the variational prior that fits best, a zero-mean Gaussian
-of variance mu^2 + sigma^2, the information that a unit costs has a closed form (Dai et al., "Compressing Neural Networks
-using the Variational Information Bottleneck", ICML 2018):
+A unit's output is multiplied by z = mu + sigma * eps, eps ~ N(0, 1). Noise that does not hurt may grow, and a unit
+whose gate carries more noise than signal (sigma^2 > mu^2) goes. With the variational prior that fits best, a
+zero-mean Gaussian of variance mu^2 + sigma^2, the information that a unit costs has a closed form (Dai et al.,
+"Compressing Neural Networks using the Variational Information Bottleneck", ICML 2018):
 
     KL = 1/2 log(1 + mu^2 / sigma^2)            log alpha = log sigma^2 - log mu^2, a unit stays while that is below 0
 
 Dutta et al., "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck based Pruning",
-arXiv:2406.05276. Left open there, decided here: sigma^2 is learned as its logarithm; noise is drawn anew for every token
-(and, where a unit has several channels, for each of them), or with `noise="sample"` once for each row of the batch.
+arXiv:2406.05276. Left open there, decided here: sigma^2 is learned as its logarithm; noise is drawn anew for every
+token (and, where a unit has several channels, for each of them), or with `noise="sample"` once for each row of the
+batch.
 
 Shapes: N units, C channels of a unit; `...` batch and tokens.
 """

@@ -45,7 +45,9 @@ def embedding_agreement(own: Float[Tensor, "N K"], their: Float[Tensor, "N d"]) 
     each text have in common. ValueError for fewer than 12 texts.
     """
     if len(own) < NEIGHBOURS + 2:
-        raise ValueError(f"agreement on the {NEIGHBOURS} nearest of a text takes {NEIGHBOURS + 2} texts, got {len(own)}")
+        raise ValueError(
+            f"agreement on the {NEIGHBOURS} nearest of a text takes {NEIGHBOURS + 2} texts, got {len(own)}"
+        )
     ours, theirs = cosines(own), cosines(their)
     pairs = torch.triu_indices(len(own), len(own), 1)
     ranks = torch.stack([x[pairs[0], pairs[1]].argsort().argsort().double() for x in (ours, theirs)])

@@ -3,8 +3,8 @@
     language models   cross-entropy + a_logit T^2 KL(teacher || student) + a_layer sum_j MSE(H_t^j, W H_s^m(j))
     encoders          1 - cosine of W e_s and e_t, + MSE of the cosines within the batch, + the same sum over layers
 
-H are hidden states of the teacher's layers j (the ends of its quarters) and of the student's m(j), W a d x K matrix that
-starts as the identity, e the mean over tokens of the last hidden state. m(j) is chosen from the last teacher layer
+H are hidden states of the teacher's layers j (the ends of its quarters) and of the student's m(j), W a d x K matrix
+that starts as the identity, e the mean over tokens of the last hidden state. m(j) is chosen from the last teacher layer
 backwards: the layer of the student with the smallest distance among those before the one chosen last.
 
 Dutta et al., arXiv:2406.05276; the distillation of layers as in Xia et al., "Structured Pruning Learns Compact and
@@ -72,7 +72,9 @@ class Objective(nn.Module):
 
     def _layer_loss(self, student: Any, teacher: Any, counted: Tensor) -> Tensor:
         ours = [self._seen(state, counted) @ self.projection.T for state in student.hidden_states[1:]]
-        theirs = [self._seen(teacher.hidden_states[j + 1], counted) for j in taught_layers(len(teacher.hidden_states) - 1)]
+        theirs = [
+            self._seen(teacher.hidden_states[j + 1], counted) for j in taught_layers(len(teacher.hidden_states) - 1)
+        ]
         distances = torch.stack([torch.stack([F.mse_loss(own, their) for own in ours]) for their in theirs])
         chosen = match_layers(distances.detach())
         return distances[range(len(theirs)), chosen].sum()
@@ -145,7 +147,7 @@ def cosines(vectors: Float[Tensor, "B K"]) -> Float[Tensor, "B B"]:
 
 
 def taught_layers(layers: int) -> list[int]:
-    """Layers of a teacher whose hidden states are taught, counted from 0: the ends of its quarters, 2, 5, 8, 11 of 12."""
+    """Layers of a teacher whose hidden states are taught, from 0: the ends of its quarters, 2, 5, 8, 11 of 12."""
     return sorted({max(0, -(-layers * quarter // 4) - 1) for quarter in (1, 2, 3, 4)})
 
 

@@ -37,7 +37,9 @@ class Checkpoint:
             return {"done": 0}
         record: dict[str, Any] = json.loads((self.folder / "training.json").read_text())
         if record["settings"] != self.settings:
-            raise ValueError(f"{self.folder} holds a training with other settings; give another folder, or its settings")
+            raise ValueError(
+                f"{self.folder} holds a training with other settings; give another folder, or its settings"
+            )
         state = load_file(self.folder / record["file"])
         for name, module in self.modules.items():
             module.load_state_dict(_under(state, f"module.{name}."))

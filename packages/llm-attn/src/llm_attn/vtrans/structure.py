@@ -1,7 +1,8 @@
 """Which units of a model stay, and how many parameters and operations that leaves.
 
-`Structure` lists kept units. `SizeModel` counts: with the kept numbers of units it gives the exact number of parameters of
-the shrunk model; with the gates' keep probabilities the expected one, which the size constraint differentiates:
+`Structure` lists kept units. `SizeModel` counts: with the kept numbers of units it gives the exact number of
+parameters of the shrunk model; with the gates' keep probabilities the expected one, which the size constraint
+differentiates:
 
     sum over weights of the product of their axes' kept sizes     (Llama: 4 D k_l K + 3 m_l K + 2 K a layer, and so on)
 

@@ -2,15 +2,16 @@
 
     L = L_task + L_KL + lambda_1 (s - t) + lambda_2 (s - t)^2            s expected sparsity, t its target at this step
 
-Weights and gates descend, both lambdas ascend from 0; t rises linearly from 0 over the first steps. Three modes: "full"
-trains weights and gates, "fast" does so on 3 % of the data, "faster" leaves the weights alone and trains only gates. Then
-the masks are set and the model is shrunk; `finetune` trains what is left.
+Weights and gates descend, both lambdas ascend from 0; t rises linearly from 0 over the first steps. Three modes:
+"full" trains weights and gates, "fast" does so on 3 % of the data, "faster" leaves the weights alone and trains only
+gates. Then the masks are set and the model is shrunk; `finetune` trains what is left.
 
 Dutta et al., arXiv:2406.05276; the constraint as in Wang et al., "Structured Pruning of Large Language Models", EMNLP
 2020, arXiv:1910.04732; rates and the rule for the best state as in the same authors' later code for language models.
-Decided here: fine-tuning runs on the shrunk model, which computes what the masked one does and is faster; dropout is off,
-since everything is distilled from a teacher without it. Every `check_every` steps at which s is near t, the model is
-shrunk to the target in thought (masks fixed, no noise) and judged on the held-out texts; the best state is kept.
+Decided here: fine-tuning runs on the shrunk model, which computes what the masked one does and is faster; dropout is
+off, since everything is distilled from a teacher without it. Every `check_every` steps at which s is near t, the
+model is shrunk to the target in thought (masks fixed, no noise) and judged on the held-out texts; the best state is
+kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,8 @@ class PruningConfig:
     """Share of the steps over which the target rises (published: 0.1 of an epoch, 0.2 for high sparsity)."""
     gate_lr: float | None = None
     """None: 0.05, and 0.1 for targets above 0.5, as published; falls linearly to 0."""
-    lambda_lr: float = 0.1
+    lambda_lr: float = 1.0
+    """Published: 0.1, for thousands of steps; the multipliers must outgrow the task's gradients before the end."""
     weight_lr: float = 2e-5
     kl_factor: float = 1e-6
     """Of L_KL. The pull by which gates drift towards noise; the size constraint sees them only once they are near."""
@@ -131,9 +133,10 @@ class VTransTrainer:
         structure = trainer.train()
         small = trainer.shrink()
 
-    data: token ids of each text, 1-D. held_out: of texts the best state is chosen by (None: the last is taken). teacher:
-    None takes a copy of the model as it is now. objective: None takes `objective_for(model)`. folder: a second trainer
-    with it goes on where the first stopped. on_step: called with the number of steps done and a dictionary of figures.
+    data: token ids of each text, 1-D. held_out: of texts the best state is chosen by (None: the last is taken).
+    teacher: None takes a copy of the model as it is now. objective: None takes `objective_for(model)`. folder: a
+    second trainer with it goes on where the first stopped. on_step: called with the number of steps done and a
+    dictionary of figures.
 
     In the modes "full" and "fast" the model's own weights change. Texts are padded with the model's `pad_token_id`, or
     with 0 where it has none; padding is masked. ValueError on a target that cannot be met.
