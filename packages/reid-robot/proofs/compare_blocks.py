@@ -2,16 +2,16 @@
 
     uv run --package reid-robot python packages/reid-robot/proofs/compare_blocks.py
 
-The claim of Eisenbach et al. (arXiv:2302.14574): a cheap block keeps up with heavy ones and with deeper networks while it
-hardly slows inference. All blocks sit after the four stages of the same ResNet-18 of width 16 (where relation-aware
+The claim of Eisenbach et al. (arXiv:2302.14574): a cheap block keeps up with heavy ones and with deeper networks while
+it hardly slows inference. All blocks sit after the four stages of the same ResNet-18 of width 16 (where relation-aware
 attention was published), are trained by the same recipe on the same people and batches, seed by seed, and are tested on
 other people: every picture is searched for among those by the other five cameras. `resnet34` is the plain network with
 twice the blocks.
 
 Each (block, seed) is a file below `<out>/compare_blocks/`, written when it is done; a second start goes on. Seeds come
-first, so that a run that is cut off has compared all blocks on fewer seeds. Intervals, 95 %, are of the mean over seeds of
-mAP minus the plain network's, from resampling test people. Latencies are measured last, all networks taking turns in one
-process. About 25 minutes on one core.
+first, so that a run that is cut off has compared all blocks on fewer seeds. Intervals, 95 %, are of the mean over seeds
+of mAP minus the plain network's, from resampling test people. Latencies are measured last, all networks taking turns in
+one process. About 25 minutes on one core.
 """
 
 import json
@@ -37,19 +37,8 @@ from reid_robot.training import TrainingConfig, extract, train
 from reid_robot.walkers import CropSet, WalkerConfig, draw_walkers
 
 BLOCKS = (
-    "plain",
-    "light",
-    "light-c",
-    "light-s",
-    "se",
-    "eca",
-    "cbam",
-    "nonlocal",
-    "rga-s",
-    "rga-c",
-    "rga-sc",
-    "resnet34",
-)
+    "plain", "light", "rga-sc", "nonlocal", "se", "cbam", "eca", "light-c", "light-s", "rga-s", "rga-c", "resnet34",
+)  # fmt: skip
 WHERE = "s1.last,s2.last,s3.last,s4.last"
 stderr = Console(stderr=True)
 
@@ -99,8 +88,8 @@ def run(name: str, seed: int, plan: Plan, data: tuple[CropSet, CropSet], out: Pa
     torch.manual_seed(seed)
     net = network(name, plan, plan.people)
     recipe = TrainingConfig(
-        steps=plan.steps, people=plan.batch_people, rate=plan.rate, warm_up=plan.steps // 10, drops=(0.6, 0.85), erase=0.3,
-        seed=seed,
+        steps=plan.steps, people=plan.batch_people, rate=plan.rate, warm_up=plan.steps // 10, drops=(0.6, 0.85),
+        erase=0.3, seed=seed,
     )  # fmt: skip
     with Progress(console=stderr) as progress:
         task = progress.add_task(f"{name}, seed {seed}", total=plan.steps)
@@ -135,7 +124,7 @@ def costs(plan: Plan) -> dict[str, dict[str, float]]:
             sessions[name] = OnnxEmbedder(Path(folder) / f"{name}.onnx", threads=torch.get_num_threads())
         for batch in (1, 8):
             pixels = crops.expand(batch, -1, -1, -1).numpy()
-            calls = {name: lambda s=session: s.run(pixels) for name, session in sessions.items()}
+            calls = {name: lambda s=session, p=pixels: s.run(p) for name, session in sessions.items()}
             for name, latency in take_turns(calls, warm_up=min(20, plan.latency_runs), runs=plan.latency_runs).items():
                 found[name] |= {f"onnx_{batch}": latency.median, f"onnx_{batch}_ratio": latency.ratio}
     return found
@@ -174,7 +163,8 @@ def summary(results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -
 def table(rows: list[dict[str, Any]], plan: Plan) -> str:
     """Markdown."""
     lines = [
-        "| block | mAP | against plain, 95 % | rank 1 | MMACs | parameters | torch, 1 crop | ONNX, 1 crop | ONNX, 8 crops |",
+        "| block | mAP | against plain, 95 % | rank 1 | MMACs | parameters | torch, 1 crop | ONNX, 1 crop "
+        "| ONNX, 8 crops |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
@@ -190,9 +180,9 @@ def table(rows: list[dict[str, Any]], plan: Plan) -> str:
     lines.append("")
     lines.append(
         f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}; crops {plan.size[0]} x "
-        f"{plan.size[1]}, ResNet-18 of width 16, blocks after all four stages; {plan.steps} steps on {plan.people} generated "
-        f"people, tested on {plan.test_people} others; seeds: {' to '.join(map(str, seeds))}; latency: difference to plain, "
-        f"median of {plan.latency_runs} alternating runs, batch norms folded; "
+        f"{plan.size[1]}, ResNet-18 of width 16, blocks after all four stages; {plan.steps} steps on {plan.people} "
+        f"generated people, tested on {plan.test_people} others; seeds: {' to '.join(map(str, seeds))}; latency: "
+        f"difference to plain, median of {plan.latency_runs} alternating runs, batch norms folded; "
         "`uv run --package reid-robot python packages/reid-robot/proofs/compare_blocks.py`"
     )
     return "\n".join(lines) + "\n"

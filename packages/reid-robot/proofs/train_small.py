@@ -2,9 +2,9 @@
 
     uv run --package reid-robot python packages/reid-robot/proofs/train_small.py
 
-ResNet-18 of width 16 with light attention after stages 2 to 4, crops of 64 x 32. The checkpoint is in half precision and
-part of the package; what it scores on people it has not seen, before cameras it has, is written beside it. A run that
-was stopped goes on; a minute or two on two cores.
+ResNet-18 of width 16 with light attention after stages 2 to 4, crops of 64 x 32. The checkpoint is in half precision
+and part of the package; what it scores on people it has not seen, before cameras it has, is written beside it. A run
+that was stopped goes on; a minute or two on two cores.
 """
 
 import json
@@ -56,11 +56,12 @@ def main(
         task = progress.add_task("steps", total=recipe.steps)
         train(
             net, people, recipe, folder=work, save_every=50,
-            on_step=lambda step, steps, loss: progress.update(task, completed=step, description=f"loss {loss:.2f}"),
+            on_step=lambda step, _, loss: progress.update(task, completed=step, description=f"loss {loss:.2f}"),
         )  # fmt: skip
     net.save(out, half=True)
     report = {
-        "untrained": before, "trained": scores(ReidNet.load(out), test), "people": ids, "test people": len(test.ids.unique()),
+        "untrained": before, "trained": scores(ReidNet.load(out), test), "people": ids,
+        "test people": len(test.ids.unique()),
         "parameters": sum(p.numel() for p in net.backbone.parameters()), "seed": seed,
         "generator": asdict(PEOPLE), "recipe": asdict(recipe), "torch": torch.__version__, "timm": version("timm"),
     }  # fmt: skip

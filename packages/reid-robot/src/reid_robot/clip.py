@@ -35,7 +35,8 @@ class ClipConfig:
     def __post_init__(self) -> None:
         if self.people < 1 or self.frames < 1 or self.pillars < 0:
             raise ValueError(
-                f"people and frames must be positive, pillars not negative, got {self.people}, {self.frames} and {self.pillars}"
+                "people and frames must be positive, pillars not negative, got "
+                f"{self.people}, {self.frames} and {self.pillars}"
             )
         if self.size[0] < 96 or self.size[1] < 96:
             raise ValueError(f"size must be at least 96 x 96, got {self.size[0]} x {self.size[1]}")
@@ -45,7 +46,9 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class ClipFrame:
-    """image: (H, W, 3) RGB. people, truth: numbers and boxes of those of whom at least half is seen. boxes: detections."""
+    """image: (H, W, 3) RGB. people, truth: numbers and boxes of those of whom at least half is seen. boxes:
+    detections.
+    """
 
     image: UInt8[np.ndarray, "H W 3"]
     people: tuple[int, ...]

@@ -1,9 +1,9 @@
 """What attention costs: parameters, multiply-adds, and time beside the plain network, measured the same way each time.
 
-The protocol, since the price of a block is a ratio near one: batch norms folded, networks take turns call by call in one
-process, so that a slow moment hits all of them; warm-up calls, then the median and the 95 % quantile of at least 200
-timed ones; a GPU is synchronised around each. A report carries device, engine, precision, batch, crop and threads. Eisenbach
-et al. (arXiv:2302.14574) measure on a robot's computer that is not named; the protocol is ours.
+The protocol, since the price of a block is a ratio near one: batch norms folded, networks take turns call by call in
+one process, so that a slow moment hits all of them; warm-up calls, then the median and the 95 % quantile of at least
+200 timed ones; a GPU is synchronised around each. A report carries device, engine, precision, batch, crop and threads.
+Eisenbach et al. (arXiv:2302.14574) measure on a robot's computer that is not named; the protocol is ours.
 
 Multiply-adds are those of convolutions, linear layers and matrix products; passes over memory without them are not
 counted, which is why time is measured too.

@@ -1,8 +1,8 @@
 """Where people are in a frame: OpenCV's HOG detector, or boxes that another detector wrote to a CSV file.
 
 HOG: histograms of oriented gradients in a window of 64 x 128 with a linear classifier (Dalal and Triggs, CVPR 2005), as
-OpenCV ships it. Its windows have a margin around the person, which is taken off, since embeddings want the person. Windows
-that overlap give way to the one with the highest score.
+OpenCV ships it. Its windows have a margin around the person, which is taken off, since embeddings want the person.
+Windows that overlap give way to the one with the highest score.
 
 A CSV file of boxes has columns frame (from 0), x, y, width, height in pixels, and may have score; so a better detector
 can run anywhere and its boxes be used here.

@@ -1,8 +1,8 @@
 """People followed through a video: detect, track, re-identify, draw; a table of boxes and frames per second.
 
-What `apps/follow_person.py` runs. People who are enrolled in a gallery, from pictures or in an earlier video, are called by
-their names; their tracks may then begin and end, and the name comes back. Re-identification: Eisenbach et al.,
-arXiv:2302.14574; tracker, gallery and detector as in their modules.
+What `apps/follow_person.py` runs. People who are enrolled in a gallery, from pictures or in an earlier video, are
+called by their names; their tracks may then begin and end, and the name comes back. Re-identification: Eisenbach et
+al., arXiv:2302.14574; tracker, gallery and detector as in their modules.
 
 Decided here: a track is named once three of its embeddings in a row were nearest to the same enrolled person and within
 the threshold; one frame does not name anybody, and two tracks of one frame never share a name (the nearer one has it).
@@ -93,11 +93,11 @@ def follow(
     detect: Detect,
     *,
     embed: Embed | None = None,
-    config: TrackerConfig = TrackerConfig(),
+    config: TrackerConfig = TrackerConfig(),  # noqa: B008 - frozen
     gallery: Gallery | None = None,
     out: Path | None = None,
     rate: float = 10.0,
-    on_frame: Callable[[int], None] = lambda number: None,
+    on_frame: Callable[[int], None] = lambda _: None,
 ) -> Followed:
     """Follows people through frames. detect: (frame number, frame) -> boxes (N, 4).
 
@@ -230,7 +230,9 @@ def write_sightings(path: Path, sightings: Iterable[Sighting]) -> None:
 
 
 def enrol_pictures(gallery: Gallery, name: str, pictures: Iterable[Path], embed: Embed) -> None:
-    """Adds a person to a gallery from files with their picture, cut out. VideoProblem for files that are no pictures."""
+    """Adds a person to a gallery from files with their picture, cut out. VideoProblem for files that are no
+    pictures.
+    """
     crops = []
     for path in pictures:
         image = cv2.imread(str(path))

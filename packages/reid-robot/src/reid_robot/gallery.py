@@ -75,8 +75,8 @@ class Gallery:
     def enrol(self, name: str, embeddings: Float[np.ndarray, "N D"]) -> None:
         """Adds embeddings to a person, who is new or known.
 
-        Raises ValueError on an empty name, on no embedding, on another width than the gallery's, or on embeddings of zero
-        length or with NaN.
+        Raises ValueError on an empty name, on no embedding, on another width than the gallery's, or on embeddings of
+        zero length or with NaN.
         """
         if not name:
             raise ValueError("a person needs a name")

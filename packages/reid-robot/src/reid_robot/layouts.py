@@ -1,10 +1,10 @@
 """Readers for the folders that re-identification data sets come in, and writers of small folders laid out the same.
 
 Market-1501 (Zheng et al., ICCV 2015) and DukeMTMC-reID (Zheng, Zheng and Yang, ICCV 2017): `bounding_box_train`,
-`query`, `bounding_box_test`, names like 0002_c1s1_000451_03.jpg: person, camera, sequence, frame, box; person -1 is junk,
-0 a distractor. MSMT17 (Wei et al., CVPR 2018): lists of `path person`, the camera being the third part of the name.
-Folder: anybody's own pictures as person/camera/frame.jpg, split in time: what a robot saw first is the gallery, what it
-saw later are the queries.
+`query`, `bounding_box_test`, names like 0002_c1s1_000451_03.jpg: person, camera, sequence, frame, box; person -1 is
+junk, 0 a distractor. MSMT17 (Wei et al., CVPR 2018): lists of `path person`, the camera being the third part of the
+name. Folder: anybody's own pictures as person/camera/frame.jpg, split in time: what a robot saw first is the gallery,
+what it saw later are the queries.
 
 No data set is shipped: people's pictures are personal data.
 """
@@ -132,11 +132,11 @@ def _msmt_list(root: Path, part: str) -> list[tuple[Path, int]]:
 
 
 def read_folder(root: Path, *, first: float = 0.5, size: tuple[int, int] = (256, 128)) -> tuple[CropFiles, CropFiles]:
-    """(query, gallery) of root/person/camera/frame.jpg, split in time: the first share of each person's frames, by name,
-    is the gallery, later ones are queries.
+    """(query, gallery) of root/person/camera/frame.jpg, split in time: the first share of each person's frames, by
+    name, is the gallery, later ones are queries.
 
-    A person with one picture is in the gallery alone. Persons and cameras are numbered by name, from 0. Since earlier and
-    later frames are told apart by time, a query may be matched by its own camera: the two sets get different camera
+    A person with one picture is in the gallery alone. Persons and cameras are numbered by name, from 0. Since earlier
+    and later frames are told apart by time, a query may be matched by its own camera: the two sets get different camera
     numbers. Raises DataProblem if there is no picture, ValueError for a share outside (0, 1).
     """
     if not 0 < first < 1:
@@ -180,8 +180,8 @@ def _picture(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def write_market1501_like(root: Path, crops: CropSet, *, train_ids: int, junk: int = 0, distractors: int = 0) -> None:
-    """Crops laid out as Market-1501 is: the first `train_ids` people to train on; of the others the first picture by each
-    camera is a query, the rest gallery, with `junk` and `distractors` pictures made of the last crop.
+    """Crops laid out as Market-1501 is: the first `train_ids` people to train on; of the others the first picture by
+    each camera is a query, the rest gallery, with `junk` and `distractors` pictures made of the last crop.
     """
     _write_market_like(root, crops, train_ids, lambda camera, frame: f"c{camera}s1_{frame:06d}_00")
     last = crops.images[-1]

@@ -65,7 +65,9 @@ class LightAttention(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """BN and scale go into V, for inference. In eval mode the output stays the same; training then makes no sense."""
+        """BN and scale go into V, for inference. In eval mode the output stays the same; training then makes no
+        sense.
+        """
         if self.kind == "c" or self.scale is None:
             return
         norm = self.norm

@@ -1,8 +1,8 @@
 """The two losses of the standard recipe: who is it, and is everybody nearer to themselves than to others.
 
-Identity: cross-entropy with smoothed labels, (1 - e) onehot + e / classes (Szegedy et al., CVPR 2016). Triplet: batch-hard
-(Hermans, Beyer and Leibe, arXiv:1703.07737, eq. 5), Euclidean, on features before the neck and not normalised:
-mean over anchors of max(0, farthest of the same person - nearest of another + margin).
+Identity: cross-entropy with smoothed labels, (1 - e) onehot + e / classes (Szegedy et al., CVPR 2016). Triplet:
+batch-hard (Hermans, Beyer and Leibe, arXiv:1703.07737, eq. 5), Euclidean, on features before the neck and not
+normalised: mean over anchors of max(0, farthest of the same person - nearest of another + margin).
 """
 
 import torch

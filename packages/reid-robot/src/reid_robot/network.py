@@ -152,10 +152,11 @@ def build_reid(
 
 
 def load_backbone_weights(net: ReidNet, weights: Path | Mapping[str, Tensor]) -> int:
-    """Fills the network from a state dict of timm, torchvision or fast-reid; how many tensors of the backbone it filled.
+    """Fills the network from a state dict of timm, torchvision or fast-reid; how many tensors of the backbone it
+    filled.
 
-    Prefixes "module.", "model." and "backbone." are taken off; a fast-reid neck comes along. Attention blocks keep their
-    own weights. Raises ValueError if a tensor of the backbone is missing or has another shape.
+    Prefixes "module.", "model." and "backbone." are taken off; a fast-reid neck comes along. Attention blocks keep
+    their own weights. Raises ValueError if a tensor of the backbone is missing or has another shape.
     """
     state = _read_weights(weights) if isinstance(weights, Path) else dict(weights)
     bare = {_without_prefix(name): value for name, value in state.items()}

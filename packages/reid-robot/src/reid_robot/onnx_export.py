@@ -1,8 +1,9 @@
 """Networks for ONNX Runtime, in float and in 8 bits, and proof that they are the same network.
 
 Normalisation of the crops is part of the graph unless asked otherwise (`input_type`), since features that differ after
-export because pictures were normalised twice, or never, are the commonest trouble with exported networks. Batch norms are
-folded before. Eight bits: static quantisation (QDQ, weights per channel) with ranges from crops that the caller gives.
+export because pictures were normalised twice, or never, are the commonest trouble with exported networks. Batch norms
+are folded before. Eight bits: static quantisation (QDQ, weights per channel) with ranges from crops that the caller
+gives.
 
 Needs the extra `onnx`. The network is of Eisenbach et al. (arXiv:2302.14574); see network.py.
 """
@@ -57,7 +58,9 @@ def export_onnx(net: ReidNet, path: Path, *, input_type: InputType = "uint8", op
 
 
 def quantize_onnx(path: Path, out: Path, crops: Iterable[np.ndarray]) -> None:
-    """Eight-bit weights and activations. crops: batches as the network at `path` takes them, a hundred crops or more."""
+    """Eight-bit weights and activations. crops: batches as the network at `path` takes them, a hundred crops or
+    more.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

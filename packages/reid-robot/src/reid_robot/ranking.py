@@ -1,13 +1,14 @@
 """Mean average precision and cumulative matching, exactly as Market-1501 is evaluated, fast and in little memory.
 
-For each query: gallery images of the same person by the same camera are junk and leave the list; the rest are ordered by
-distance, ties by gallery number. With m_i = 1 where the i-th of them is the same person (Zheng et al., ICCV 2015):
+For each query: gallery images of the same person by the same camera are junk and leave the list; the rest are ordered
+by distance, ties by gallery number. With m_i = 1 where the i-th of them is the same person (Zheng et al., ICCV 2015):
 
-    CMC_k = is any of m_1 .. m_k 1      AP = sum_i m_i (m_1 + .. + m_i) / i / sum(m)      INP = sum(m) / rank of the last
+    CMC_k = is any of m_1 .. m_k 1      AP = sum_i m_i (m_1 + .. + m_i) / i / sum(m)      INP = sum(m) / rank of the
+    last
 
 means over queries that have a match at all. AP is the rectangular sum of fast-reid, not the trapezoid of the first
-Matlab tool. Gallery images with person -1 are junk for everyone; person 0 are distractors: always wrong, never junk. INP
-is of Ye et al., TPAMI 2021.
+Matlab tool. Gallery images with person -1 are junk for everyone; person 0 are distractors: always wrong, never junk.
+INP is of Ye et al., TPAMI 2021.
 
 All of these follow from the ranks of the matches, and a rank is a count of nearer images: nothing is sorted. Also here:
 several query images as one, re-ranking by k-reciprocal neighbours (Zhong et al., CVPR 2017), query expansion.
@@ -205,8 +206,8 @@ def rerank(
 ) -> Float[np.ndarray, "Q G"]:
     """Distances re-ranked by k-reciprocal neighbours (Zhong et al., CVPR 2017, eq. 5 to 12).
 
-    weight: lambda, of the original distance against the Jaccard distance; 1 leaves the (squared, scaled) original. Takes
-    (Q + G)^2 numbers of memory. Raises ValueError for k1 outside [1, Q + G) or k2 outside [1, k1].
+    weight: lambda, of the original distance against the Jaccard distance; 1 leaves the (squared, scaled) original.
+    Takes (Q + G)^2 numbers of memory. Raises ValueError for k1 outside [1, Q + G) or k2 outside [1, k1].
     """
     every = _unit(np.concatenate([query, gallery])).astype(np.float32)
     if not 1 <= k1 < len(every) or not 1 <= k2 <= k1:

@@ -1,10 +1,11 @@
 """Attention blocks of the literature that the light one is compared with, under one signature.
 
 All take and give a map (B, C, H, W) and say what they cost (`macs`). Sources, each with what was left open there:
-SqueezeExcitation: Hu, Shen and Sun, CVPR 2018. EfficientChannel: Wang et al., ECA-Net, CVPR 2020. CBAM: Woo et al., ECCV
-2018; its MLP has biases and its spatial gate a BatchNorm, as in the published code. NonLocal: Wang et al., CVPR 2018, in
-the form of AGW (Ye et al., TPAMI 2021): dot products divided by the number of places, inner width C/2, BatchNorm that
-starts at zero. RelationAware: Zhang et al., CVPR 2020 (RGA-S, RGA-C, RGA-SC), layer for layer; bound to one map size.
+SqueezeExcitation: Hu, Shen and Sun, CVPR 2018. EfficientChannel: Wang et al., ECA-Net, CVPR 2020. CBAM: Woo et al.,
+ECCV 2018; its MLP has biases and its spatial gate a BatchNorm, as in the published code. NonLocal: Wang et al., CVPR
+2018, in the form of AGW (Ye et al., TPAMI 2021): dot products divided by the number of places, inner width C/2,
+BatchNorm that starts at zero. RelationAware: Zhang et al., CVPR 2020 (RGA-S, RGA-C, RGA-SC), layer for layer; bound to
+one map size.
 """
 
 import math
@@ -106,7 +107,8 @@ class NonLocal(nn.Module):
 
 
 class RelationAware(nn.Module):
-    """RGA: each node's attention is learned from its relations to all nodes. parts: "s" places, "c" channels, "sc" both.
+    """RGA: each node's attention is learned from its relations to all nodes. parts: "s" places, "c" channels, "sc"
+    both.
 
     size: (H, W) of the map, which the layers are built for. Raises ValueError if a width would be zero (fewer than 8
     channels, places, or 7 relations) and, when called, on a map of another size.

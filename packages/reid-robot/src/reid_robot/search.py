@@ -1,8 +1,8 @@
 """Search for places of attention that pay: many placements tried, the best trade-offs kept, rules read off.
 
 Eisenbach et al. (arXiv:2302.14574) derive rules for placing attention from an extensive search over architectures. How
-they did is not published in the abstract; here: an evaluation is a pair (accuracy on identities split off the training set,
-latency), strategies choose what to evaluate, and a rule is a main effect that a resample does not turn around:
+they did is not published in the abstract; here: an evaluation is a pair (accuracy on identities split off the training
+set, latency), strategies choose what to evaluate, and a rule is a main effect that a resample does not turn around:
 
     accuracy ~ a0 + sum_f a_f x_f        log latency ~ b0 + sum_f b_f x_f        x_f in {0, 1}: features of a placement
 
@@ -10,8 +10,8 @@ by least squares over all that was evaluated, 95 % intervals from resampling eva
 gain per cost, a_f / b_f.
 
 Strategies: exhaustive, random, regularised evolution (Real et al., AAAI 2019), successive halving (Jamieson and
-Talwalkar, AISTATS 2016). Decided here: evolution aims at the whole front, so each tournament weighs accuracy against log
-latency by a share drawn anew, and nothing is evaluated twice.
+Talwalkar, AISTATS 2016). Decided here: evolution aims at the whole front, so each tournament weighs accuracy against
+log latency by a share drawn anew, and nothing is evaluated twice.
 """
 
 import math
@@ -38,7 +38,7 @@ def evaluate_all(
     candidates: Sequence[Candidate],
     evaluate: Evaluate,
     *,
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda _: None,
 ) -> list[Evaluation]:
     """Exhaustive search: every candidate, in order."""
     found = []
@@ -83,7 +83,7 @@ def evolve(
     evaluate: Evaluate,
     config: EvolutionConfig = EvolutionConfig(),
     *,
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda _: None,
 ) -> list[Evaluation]:
     """All evaluations, in order. `start`: candidates of which the first population is drawn.
 
@@ -207,8 +207,8 @@ def extract_rules(
 ) -> list[Rule]:
     """Effects on accuracy or latency whose interval leaves out zero, the best gain per cost first.
 
-    Features that are the same for all evaluations, or the same as one before, say nothing and are left out. Raises ValueError
-    with fewer evaluations than features and two.
+    Features that are the same for all evaluations, or the same as one before, say nothing and are left out. Raises
+    ValueError with fewer evaluations than features and two.
     """
     x, names = _design(evaluations, features)
     if len(evaluations) < x.shape[1] + 1:

@@ -1,13 +1,13 @@
 """The door into timm: attention blocks at chosen sites of a network, and taken out again.
 
 `apply_attention(model, AttentionConfig(...))` puts blocks into timm's ResNets and ResNeXts, MobileNets, EfficientNets
-and ConvNeXts. After a block's last activation ("out") that is a forward hook and a submodule of the block; at the end of
-the residual branch ("in") it is the slot that timm's own blocks have there. No forward of timm's is copied, the names of
-the network's weights stay, and `features_only`, `forward_features`, deepcopy and export work as before.
+and ConvNeXts. After a block's last activation ("out") that is a forward hook and a submodule of the block; at the end
+of the residual branch ("in") it is the slot that timm's own blocks have there. No forward of timm's is copied, the
+names of the network's weights stay, and `features_only`, `forward_features`, deepcopy and export work as before.
 
 The light block is of Eisenbach et al. (arXiv:2302.14574); sites as in placement.py. Also here: a last stage that keeps
-its resolution, as networks for re-identification have it (Luo et al., "Bag of Tricks", CVPRW 2019), and three models for
-timm's registry, `resnet50_reid_light`, `resnet18_reid_w16` and
+its resolution, as networks for re-identification have it (Luo et al., "Bag of Tricks", CVPRW 2019), and three models
+for timm's registry, `resnet50_reid_light`, `resnet18_reid_w16` and
 `resnet34_reid_w16`.
 """
 
@@ -199,7 +199,9 @@ def placement_for(model: nn.Module, where: str) -> Placement:
 
 @register_model
 def resnet18_reid_w16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 of width 16 (stages 16, 32, 64, 128; stem of three 3x3 convolutions), 0.7 M parameters: a small host."""
+    """ResNet-18 of width 16 (stages 16, 32, 64, 128; stem of three 3x3 convolutions), 0.7 M parameters: a small
+    host.
+    """
     if pretrained:
         raise ValueError("resnet18_reid_w16 has no pretrained weights: pass pretrained=False and load a checkpoint")
     small = {"channels": (16, 32, 64, 128), "stem_type": "deep", "stem_width": 8}

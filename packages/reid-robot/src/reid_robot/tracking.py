@@ -1,10 +1,11 @@
 """Boxes of people, frame by frame, into tracks: by overlap alone, or by overlap and appearance.
 
-Overlap: boxes move on at their recent speed, and are paired with the new ones so that the sum of intersections over unions
-is largest (the scheme of SORT, Bewley et al., ICIP 2016, with a running mean in place of its Kalman filter). A track
-without a box for more than a few frames is lost. Appearance: embeddings of a track go into a `Gallery`; a box that no
-track claims by overlap is compared with the people who were lost, and takes up the track of the one that it looks like,
-if that one can have walked there. Without an embedder the very same code is the overlap tracker.
+Overlap: boxes move on at their recent speed, and are paired with the new ones so that the sum of intersections over
+unions is largest (the scheme of SORT, Bewley et al., ICIP 2016, with a running mean in place of its Kalman filter). A
+track without a box for more than a few frames is lost. Appearance: embeddings of a track go into a `Gallery`; a box
+that no track claims by overlap is compared with the people who are missing, and takes up the track of the one that it
+looks like, if that one can have walked there. Pairs by overlap weigh looks too, so that people who cross are not
+exchanged, and crops that show two people teach nothing. Without an embedder the very same code is the overlap tracker.
 
 The embeddings are those of Eisenbach et al. (arXiv:2302.14574), whose robot must re-recognise its user after losing
 sight.
@@ -19,6 +20,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
+_HIDDEN = 0.3  # overlap of two boxes from which both crops show two people
+_FAR = 10.0  # a cost that no pair has
 Embed = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
@@ -28,7 +31,7 @@ class TrackerConfig:
 
     min_overlap: float = 0.2
     """Smallest intersection over union between where a track is expected and a box."""
-    patience: int = 5
+    patience: int = 10
     """Frames that a track may go without a box before it is lost."""
     confirm: int = 3
     """Boxes before a track counts as a person; detectors see ghosts."""
@@ -36,6 +39,10 @@ class TrackerConfig:
     """Frames for which a lost person is remembered. Only with an embedder."""
     look: float = 0.25
     """Largest cosine distance at which a box is taken for a lost person."""
+    weight: float = 0.5
+    """How much of overlap a unit of cosine distance outweighs when tracks and boxes are paired."""
+    veto: float = 0.4
+    """Cosine distance from which a box that overlaps is not the person after all."""
     samples: int = 12
     """Embeddings kept of a track."""
     speed: float = 1.0
@@ -52,6 +59,8 @@ class TrackerConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.look <= 2 or self.speed <= 0:
             raise ValueError(f"look must lie in (0, 2] and speed be positive, got {self.look} and {self.speed}")
+        if self.weight < 0 or not 0 < self.veto <= 2:
+            raise ValueError(f"weight must not be negative and veto in (0, 2], got {self.weight} and {self.veto}")
 
 
 @dataclass
@@ -92,9 +101,13 @@ class Tracker:
         boxes = check_boxes(boxes)
         looks = self._looks(boxes, frame)
         owner: list[Track | None] = [None] * len(boxes)
-        pairs = self._pair(boxes)
+        hidden = (overlaps(boxes, boxes) - np.eye(len(boxes)) > _HIDDEN).any(1) if len(boxes) else np.zeros(0, bool)
+        clear = [
+            None if hidden[i] else look for i, look in enumerate(looks)
+        ]  # of two people in one crop nothing is learned
+        pairs = self._pair(boxes, looks)
         for track, i in pairs:
-            self._go_on(track, boxes[i], looks[i])
+            self._go_on(track, boxes[i], clear[i])
             owner[i] = track
         claimed = {id(track) for track, _ in pairs}
         for track in self.active:
@@ -103,18 +116,17 @@ class Tracker:
             track.misses += 1
         self._retire()
         free = [i for i in range(len(boxes)) if owner[i] is None]
-        for track, i in self._recognise(free, boxes, looks):
-            self.lost.remove(track)
-            self.active.append(track)
+        for track, i in self._recognise(free, boxes, clear):
+            if track in self.lost:
+                self.lost.remove(track)
+                self.active.append(track)
             track.velocity = np.zeros(4)
             track.box, track.returned = boxes[i], track.returned + 1
-            self._go_on(track, boxes[i], looks[i])
+            self._go_on(track, boxes[i], clear[i])
             owner[i] = track
         for i in free:
             if owner[i] is None:
-                owner[i] = Track(self._next, boxes[i], looks=[] if looks[i] is None else [looks[i]])
-                self._next += 1
-                self.active.append(owner[i])
+                owner[i] = self._begin(boxes[i], clear[i])
         return [track if track is not None and track.hits >= self.config.confirm else None for track in owner]
 
     def _looks(self, boxes: np.ndarray, frame: np.ndarray | None) -> list[np.ndarray | None]:
@@ -130,13 +142,25 @@ class Tracker:
                 found[i] = look
         return found
 
-    def _pair(self, boxes: np.ndarray) -> list[tuple[Track, int]]:
+    def _begin(self, box: np.ndarray, look: np.ndarray | None) -> Track:
+        track = Track(self._next, box, looks=[] if look is None else [look])
+        self._next += 1
+        self.active.append(track)
+        return track
+
+    def _pair(self, boxes: np.ndarray, looks: list[np.ndarray | None]) -> list[tuple[Track, int]]:
         if not self.active or not len(boxes):
             return []
         overlap = overlaps(np.stack([track.expected for track in self.active]), boxes)
-        rows, columns = linear_sum_assignment(-overlap)
-        wanted = self.config.min_overlap
-        return [(self.active[r], int(c)) for r, c in zip(rows, columns, strict=True) if overlap[r, c] >= wanted]
+        score, refused = overlap.copy(), overlap < self.config.min_overlap
+        for r, track in enumerate(self.active):
+            for c in np.flatnonzero(~refused[r]):
+                if (distance := _distance(track, looks[c])) is not None:
+                    score[r, c] -= self.config.weight * distance
+                    refused[r, c] = distance > self.config.veto
+        score[refused] = -_FAR
+        rows, columns = linear_sum_assignment(-score)
+        return [(self.active[r], int(c)) for r, c in zip(rows, columns, strict=True) if not refused[r, c]]
 
     def _go_on(self, track: Track, box: np.ndarray, look: np.ndarray | None) -> None:
         steps = track.misses + 1
@@ -155,23 +179,29 @@ class Tracker:
             self.lost = [track for track in self.lost if track.misses <= self.config.memory]
 
     def _recognise(self, free: list[int], boxes: np.ndarray, looks: list[np.ndarray | None]) -> list[tuple[Track, int]]:
-        """Lost tracks and free boxes that look alike and are within reach, nearest looks paired first."""
-        known = [(i, look) for i in free if (look := looks[i]) is not None]
-        if not known or not self.lost:
+        """Missing tracks and free boxes that look alike and are within reach, so that distances are smallest in sum."""
+        missing = [t for t in (*self.lost, *self.active) if t.misses and t.hits >= self.config.confirm]
+        if not free or not missing:
             return []
-        far = 10.0
-        cost = np.full((len(self.lost), len(known)), far)
-        for r, track in enumerate(self.lost):
-            for c, (i, look) in enumerate(known):
-                if self._in_reach(track, boxes[i]):
-                    cost[r, c] = 1 - float(np.max(np.stack(track.looks) @ look))
-        cost[cost > self.config.look] = far
+        cost = np.full((len(missing), len(free)), _FAR)
+        for r, track in enumerate(missing):
+            for c, i in enumerate(free):
+                distance = _distance(track, looks[i])
+                if distance is not None and distance <= self.config.look and self._in_reach(track, boxes[i]):
+                    cost[r, c] = distance
         rows, columns = linear_sum_assignment(cost)
-        return [(self.lost[r], known[c][0]) for r, c in zip(rows, columns, strict=True) if cost[r, c] < far]
+        return [(missing[r], free[c]) for r, c in zip(rows, columns, strict=True) if cost[r, c] < _FAR]
 
     def _in_reach(self, track: Track, box: np.ndarray) -> bool:
         moved = np.hypot(*(box[:2] + box[2:] / 2 - track.box[:2] - track.box[2:] / 2))
         return bool(moved <= self.config.speed * track.box[3] * (track.misses + 1))
+
+
+def _distance(track: Track, look: np.ndarray | None) -> float | None:
+    """Cosine distance to the nearest embedding of the track; None where one of the two has none."""
+    if look is None or not track.looks:
+        return None
+    return 1 - float(np.max(np.stack(track.looks) @ look))
 
 
 def check_boxes(boxes: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:

@@ -1,9 +1,9 @@
 """Training: identity and triplet loss on P people with K images each, warm-up, two drops of the rate; resumable.
 
-The recipe of "Bag of Tricks" (Luo et al., CVPRW 2019) and of fast-reid, which Eisenbach et al. (arXiv:2302.14574) build on:
-Adam, rate 3.5e-4 after a linear warm-up from a tenth, times 0.1 at a third and at three quarters, weight decay 5e-4;
-random flip, shift and erasing. Decided here: the batch of a step depends on the seed and the step alone, so a run that
-was stopped goes on with the same numbers as one that was not.
+The recipe of "Bag of Tricks" (Luo et al., CVPRW 2019) and of fast-reid, which Eisenbach et al. (arXiv:2302.14574) build
+on: Adam, rate 3.5e-4 after a linear warm-up from a tenth, times 0.1 at a third and at three quarters, weight decay
+5e-4; random flip, shift and erasing. Decided here: the batch of a step depends on the seed and the step alone, so a run
+that was stopped goes on with the same numbers as one that was not.
 """
 
 import math
@@ -154,7 +154,7 @@ def train(
     *,
     folder: Path | None = None,
     save_every: int = 200,
-    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    on_step: Callable[[int, int, float], None] = lambda *_: None,
 ) -> list[float]:
     """Trains the network in place and returns the loss of every step; it ends in eval mode.
 

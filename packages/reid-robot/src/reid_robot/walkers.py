@@ -230,7 +230,7 @@ def _capsule(u: np.ndarray, v: np.ndarray, u0: float, v0: float, u1: float, v1: 
 
 @dataclass(frozen=True)
 class Camera:
-    """What a camera does to all its pictures. gains: (3,). ground, wall: colours behind people. gamma: of brightness."""
+    """What a camera does to its pictures. gains: (3,). ground, wall: colours behind people. gamma: of brightness."""
 
     gains: np.ndarray
     ground: np.ndarray
