@@ -24,6 +24,5 @@ def test_what_was_asked_for_last_is_undone_first_and_once():
 def test_an_exception_inside_the_block_undoes_it_and_goes_on():
     handle, log = handle_with_log()
     with pytest.raises(ZeroDivisionError), handle:
-        assert not log
         raise ZeroDivisionError
     assert log == ["second", "first"]
