@@ -1,7 +1,16 @@
 """The base criteria: each through everything a method must stand, and its own formula against one written out."""
 
+import pytest
+import torch
+from torch import nn
+
 import vlm_prune as vp
-from vlm_prune.testing import MethodTests
+from vlm_prune.criteria.sparsevlm import cluster_centres, raters
+from vlm_prune.criteria.visionzip import merge_into_targets
+from vlm_prune.criteria.vispruner import thin_out
+from vlm_prune.stages import scaled_layers, shares_for
+from vlm_prune.testing import MethodTests, shared_model
+from vlm_prune.tiny_models import IMAGE, LONG, SHORT, prompt, tiny_model
 
 
 class TestFastV(MethodTests):
