@@ -109,10 +109,10 @@ def run(
 
     Example:  uv run apps/compress_model.py run notes.txt --keep 0.5 --tokens 64 --out compressed
     """
-    from llm_attn.vtrans import CompressionConfig, FinetuneConfig, PruningConfig, VTransConfig
-
     if not 0 < keep < 1:
         raise Problem(f"--keep must lie between 0 and 1, got {keep}")
+    from llm_attn.vtrans import CompressionConfig, FinetuneConfig, PruningConfig, VTransConfig
+
     with _explained():
         pruning = PruningConfig(
             target_sparsity=1 - keep,

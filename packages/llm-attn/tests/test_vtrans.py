@@ -263,7 +263,7 @@ def test_the_shrunk_model_is_the_masked_one(name, layout, tmp_path):
 
 
 def test_the_three_counts_of_the_paper():
-    """4 D k K + 3 m K + 2 K a layer for Llama, 2 D k K (1 + g) of attention where heads are grouped, GPT-2 with biases."""
+    """4 D k K + 3 m K + 2 K a layer for Llama, 2 D k K (1 + g) of attention for grouped heads, GPT-2 with biases."""
     d_head, k, m, hidden = 4, 2, 17, 12
     one = {"hidden": tuple(range(hidden)), "layers": (0, 1, 2), "inter": (tuple(range(m)),) * 3, "heads": ((0, 1),) * 3}
     structure = Structure(**one)

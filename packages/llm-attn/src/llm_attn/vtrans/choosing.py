@@ -39,7 +39,7 @@ class Scores:
         """log alpha of every gate."""
 
         def score(gate: torch.nn.Module) -> Tensor:
-            value: Tensor = gate.log_alpha.detach().cpu()  # type: ignore[operator, union-attr]
+            value: Tensor = gate.log_alpha.detach().cpu()  # type: ignore[operator]
             return value
 
         return cls(

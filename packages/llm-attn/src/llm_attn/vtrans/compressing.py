@@ -175,6 +175,7 @@ class _Job:
         self.model, self.tokenizer, self.out, self.config = model, tokenizer, out, config
         self.data, self.held_out, self.on_progress = data, held_out, on_progress
         self.objective = objective_for(model, config.objective)
+        self._their: Tensor | None = None
 
     def run(self) -> dict[str, Any]:
         self._own_folder()
@@ -266,8 +267,10 @@ class _Job:
         found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
         if _writes(model):
             return found | {"perplexity": perplexity(model, self.held_out)}
-        self._their = embeddings(model, self.held_out) if not hasattr(self, "_their") else self._their
-        return found | embedding_agreement(embeddings(model, self.held_out), self._their)
+        own = embeddings(model, self.held_out)
+        if self._their is None:  # the first model is the original
+            self._their = own
+        return found | embedding_agreement(own, self._their)
 
     def _report(
         self, original: dict[str, Any], small: PreTrainedModel, structure: Structure, size: SizeModel

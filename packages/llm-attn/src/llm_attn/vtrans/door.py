@@ -110,8 +110,8 @@ class Gates(nn.Module):
             for gate, kept in zip(getattr(self, name), getattr(structure, name), strict=True):
                 gate.fix(keep_masks(kept, gate.mu.numel()))
         if self.layer is not None:
-            for index, gate in enumerate(self.layer):
-                gate.fix(torch.tensor([index in structure.layers]))  # type: ignore[operator]
+            for index, whole in enumerate(self.layer):
+                whole.fix(torch.tensor([index in structure.layers]))  # type: ignore[operator]
         elif len(structure.layers) < len(self.heads):
             raise ValueError("the structure lacks layers, and these gates have none for layers; use layer_gates=True")
 
@@ -119,7 +119,8 @@ class Gates(nn.Module):
         """Nats of all gates; the hidden gate counts once per sublayer and `hidden_weight` times more."""
         total = hidden_weight * self.hidden.kl()
         for index, (heads, inter) in enumerate(zip(self.heads, self.inter, strict=True)):
-            total = total + head_multiplier * heads.kl() + inter_multiplier * inter.kl() + 2 * self.hidden.kl()  # type: ignore[operator]
+            of_layer = head_multiplier * heads.kl() + inter_multiplier * inter.kl()  # type: ignore[operator]
+            total = total + of_layer + 2 * self.hidden.kl()
             if self.layer is not None:
                 total = total + head_multiplier * self.layer[index].kl()  # type: ignore[operator]
         return total

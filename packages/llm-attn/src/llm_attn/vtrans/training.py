@@ -275,12 +275,12 @@ class VTransTrainer:
             progress["best"] = judged
             for name, module in self._modules.items():
                 if name != "constraint":
-                    self._best[f"best_{name}"].load_state_dict(module.state_dict())  # type: ignore[operator]
+                    self._best[f"best_{name}"].load_state_dict(module.state_dict())
 
     def _restore(self) -> None:
         for name, module in self._modules.items():
             if name != "constraint":
-                module.load_state_dict(self._best[f"best_{name}"].state_dict())  # type: ignore[operator]
+                module.load_state_dict(self._best[f"best_{name}"].state_dict())
 
 
 class _Untied(nn.Module):
