@@ -119,7 +119,9 @@ def draw_timeline(people: People, arms: dict[str, dict[int, list[tuple[int, np.n
     """For each person, frame by frame, which track had them: one colour throughout is what one wants."""
     figure = Figure(figsize=(11, 2.6 * len(arms)), layout="constrained")
     colours = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors, *colormaps["Set3"].colors]
-    for axes, (name, tracks) in zip(np.atleast_1d(figure.subplots(len(arms), 1, sharex=True)), arms.items(), strict=True):
+    for axes, (name, tracks) in zip(
+        np.atleast_1d(figure.subplots(len(arms), 1, sharex=True)), arms.items(), strict=True
+    ):
         order: dict[int, int] = {}
         for person in sorted({p for seen in people.values() for p, _ in seen}):
             visible = [n for n, seen in people.items() if any(p == person for p, _ in seen)]
@@ -128,7 +130,9 @@ def draw_timeline(people: People, arms: dict[str, dict[int, list[tuple[int, np.n
                 order.setdefault(number, len(order))
                 axes.scatter(n, person, color=colours[order[number] % len(colours)], marker="s", s=16, linewidths=0)
         score = measure(people, tracks)
-        axes.set_title(f"{name}: IDF1 {score['idf1']:.2f}, {score['num_switches']:.0f} switches", loc="left", fontsize=11)
+        axes.set_title(
+            f"{name}: IDF1 {score['idf1']:.2f}, {score['num_switches']:.0f} switches", loc="left", fontsize=11
+        )
         axes.set_ylabel("person")
         axes.set_yticks(range(1, 9))
         axes.invert_yaxis()
