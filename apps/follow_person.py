@@ -53,9 +53,7 @@ def main(
     enrol: Annotated[
         list[str] | None, typer.Option(help="NAME=PICTURE, a person cut out; may be given often, also for one name.")
     ] = None,
-    gallery: Annotated[
-        Path | None, typer.Option(help="Known people, from --save-gallery of an earlier run.")
-    ] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Known people, from --save-gallery of an earlier run.")] = None,
     save_gallery: Annotated[Path | None, typer.Option(help="Where to keep who was seen and who is known.")] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint of a ReidNet; the small network without it.")] = None,
     overlap_only: Annotated[bool, typer.Option("--overlap-only", help="Track without re-identification.")] = False,
@@ -218,7 +216,7 @@ def _report(result: "Followed", out: Path, video: Path | None) -> None:
     table.add_row(*numbers, *shares)
     stdout.print(table)
     if not result.people:
-        stdout.print("Nobody was found. People smaller than 64 pixels? Try --enlarge 2, or --boxes of another detector.")
+        stdout.print("Nobody was found. People below 64 pixels? Try --enlarge 2, or --boxes of another detector.")
     for file in ("followed.avi", "sightings.csv"):
         typer.echo(out / file)
 

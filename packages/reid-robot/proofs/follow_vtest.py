@@ -2,16 +2,17 @@
 
     uv run --package reid-robot python packages/reid-robot/proofs/follow_vtest.py --video samples/data/vtest.avi
 
-The video is OpenCV's (folder samples/data; not part of this repository). `vtest_people.csv`: who is where, made by us, by
-hand: boxes of the HOG detector on frames 0 to 299 were looked at in enlarged montages, joined into people, corrected
-where two people share a box or one has none (from positions read off the pictures every 2 to 15 frames, interpolated
-between), smoothed over five frames, and looked at again. Someone wholly hidden has no box. One far figure on the lawn, of
-35 pixels, is left out. `vtest_boxes.csv`: what the HOG detector of the package finds (it is made if missing).
+The video is OpenCV's (folder samples/data; not part of this repository). `vtest_people.csv`: who is where, made by us,
+by hand: boxes of the HOG detector on frames 0 to 299 were looked at in enlarged montages, joined into people,
+corrected where two people share a box or one has none (from positions read off the pictures every 2 to 15 frames,
+interpolated between), smoothed over five frames, and looked at again. Someone wholly hidden has no box. One far figure
+on the lawn, of 35 pixels, is left out. `vtest_boxes.csv`: what the HOG detector of the package finds (it is made if
+missing).
 
-The tracker without appearance is the same code with no embedder (Tracker, tracking.py). The embeddings are of the small
-network, which was trained on generated people and has seen no real one. Measures by motmetrics at an overlap of 0.5: IDF1
-(Ristani et al., 2016), identity switches, MOTA. Thresholds were chosen on this clip, and there is only this clip; so a
-grid of them is run, and its worst is reported too. About a minute.
+The tracker without appearance is the same code with no embedder (Tracker, tracking.py). The embeddings are of the
+small network, which was trained on generated people and has seen no real one. Measures by motmetrics at an overlap of
+0.5: IDF1 (Ristani et al., 2016), identity switches, MOTA. Thresholds were chosen on this clip, and there is only this
+clip; so a grid of them is run, and its worst is reported too. About a minute.
 """
 
 import csv

@@ -75,7 +75,7 @@ def test_enrolled_people_are_called_by_name(clip, embed):
 
 
 def test_nobody_there(tmp_path):
-    result = follow([np.full((64, 64, 3), 9, np.uint8)] * 3, lambda n, f: np.zeros((0, 4)))
+    result = follow([np.full((64, 64, 3), 9, np.uint8)] * 3, lambda *_: np.zeros((0, 4)))
     assert (result.frames, result.people, result.sightings) == (3, 0, [])
 
 
@@ -123,9 +123,9 @@ def test_refused_videos(tmp_path, embed):
         next(read_frames(tmp_path / "text.avi"))
     frame = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(VideoProblem, match=r"must end in \.avi or \.mp4"):
-        follow([frame], lambda n, f: np.zeros((0, 4)), out=tmp_path / "out.gif")
+        follow([frame], lambda *_: np.zeros((0, 4)), out=tmp_path / "out.gif")
     with pytest.raises(ValueError, match="only with an embedder"):
-        follow([frame], lambda n, f: np.zeros((0, 4)), gallery=Gallery())
+        follow([frame], lambda *_: np.zeros((0, 4)), gallery=Gallery())
     with pytest.raises(VideoProblem, match="outside the frame"):
         enrol_from_video(Gallery(), "anna", frame, np.array([90, 0, 10, 10]), embed)
 

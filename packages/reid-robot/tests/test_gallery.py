@@ -92,10 +92,10 @@ def test_threshold_lets_pass_what_it_says():
         (lambda g: g.identify(np.full((1, 2), np.nan)), ValueError, "not a number"),
         (lambda g: g.identify(np.ones(2)), ValueError, r"must be \(N, D\)"),
         (lambda g: g.forget("carl"), KeyError, "known are anna, ben"),
-        (lambda g: GalleryConfig(threshold=0), ValueError, "threshold must lie"),
-        (lambda g: GalleryConfig(capacity=0), ValueError, "capacity must be"),
-        (lambda g: calibrate_threshold(at(1, 2), np.array([3, 3])), ValueError, "at least two people"),
-        (lambda g: calibrate_threshold(at(1, 2), np.array([3, 4]), false_accept=0), ValueError, "false_accept"),
+        (lambda _: GalleryConfig(threshold=0), ValueError, "threshold must lie"),
+        (lambda _: GalleryConfig(capacity=0), ValueError, "capacity must be"),
+        (lambda _: calibrate_threshold(at(1, 2), np.array([3, 3])), ValueError, "at least two people"),
+        (lambda _: calibrate_threshold(at(1, 2), np.array([3, 4]), false_accept=0), ValueError, "false_accept"),
     ],
 )
 def test_refused(gallery, act, error, message):

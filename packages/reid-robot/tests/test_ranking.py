@@ -142,7 +142,7 @@ def test_reranking_helps_where_neighbours_agree():
     [
         (lambda d, q, g: (d[:, 1:], q, g), "distances must be"),
         (lambda d, q, g: (d * np.nan, q, g), "hold NaN"),
-        (lambda d, q, g: (d[:, :0], q, labels(np.array([], int), np.array([], int))), "gallery is empty"),
+        (lambda d, q, _: (d[:, :0], q, labels(np.array([], int), np.array([], int))), "gallery is empty"),
         (lambda d, q, g: (d, q, labels(g.ids + 50, g.cameras)), "no query has a match"),
     ],
 )

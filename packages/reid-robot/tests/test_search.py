@@ -101,7 +101,7 @@ def test_halving_keeps_the_front_and_trains_it_longest(everything):
 
 
 def test_rules_find_planted_effects_and_no_others():
-    """Stage 4 pays, stage 1 costs, density of stage 3 does nothing; noise as large as a third of the smallest effect."""
+    """Stage 4 pays, stage 1 costs, density of stage 3 does nothing; noise of a third of the smallest effect."""
     features = {
         name: f
         for name, f in placement_features(DEPTHS).items()
@@ -139,4 +139,4 @@ def test_refused(everything):
     with pytest.raises(ValueError, match="need at least"):
         extract_rules(everything[:200:50], placement_features(DEPTHS))
     with pytest.raises(ValueError, match="keep must lie"):
-        successive_halving([], lambda c, e: (0, 1), epochs=1, keep=1)
+        successive_halving([], lambda *_: (0, 1), epochs=1, keep=1)

@@ -19,7 +19,7 @@ def walk(*people):
 
 def track(film, config=None, *, looks=True):
     now = []
-    embed = (lambda crops: np.array(now)) if looks else None
+    embed = (lambda _: np.array(now)) if looks else None
     tracker, found = Tracker(config or TrackerConfig(confirm=1, patience=3), embed=embed), []
     for boxes, seen in film:
         now[:] = seen
