@@ -47,6 +47,7 @@ from vlm_prune.door import Method, PruneHandle, StagesConfig, apply_stages
 from vlm_prune.families import Family, register_family
 from vlm_prune.methods import METHODS, prune
 from vlm_prune.report import Report
+from vlm_prune.sink_guard import SinkGuardConfig, apply_sink_guard
 from vlm_prune.stages import BEFORE, Stage
 from vlm_prune.zoo_prune import ZooPruneConfig, apply_zoo_prune, sads_select, zoo_sensitivity
 
@@ -71,6 +72,7 @@ __all__ = [
     "Report",
     "Selection",
     "ShiftReport",
+    "SinkGuardConfig",
     "SparseVLMConfig",
     "Stage",
     "StagesConfig",
@@ -90,6 +92,7 @@ __all__ = [
     "apply_himap",
     "apply_pyramiddrop",
     "apply_random",
+    "apply_sink_guard",
     "apply_sparsevlm",
     "apply_stages",
     "apply_uniform",

@@ -21,6 +21,7 @@ from vlm_prune.criteria import (
     VisPrunerConfig,
 )
 from vlm_prune.door import Method, PruneHandle, open_pruner
+from vlm_prune.sink_guard import SinkGuardConfig
 from vlm_prune.zoo_prune import ZooPruneConfig
 
 METHODS: dict[str, type[Any]] = {
@@ -73,7 +74,7 @@ def _named(name: str) -> Method:
 
 
 def _with_keep(config: Any, keep: float | int) -> Any:
-    if isinstance(config, AttentionDebiasingConfig):
+    if isinstance(config, AttentionDebiasingConfig | SinkGuardConfig):
         return replace(config, method=_with_keep(config.method, keep))
     if not hasattr(config, "keep"):
         raise ValueError(f"{config.name} has no keep; say in its config what stays")

@@ -115,9 +115,16 @@ def sensitivity_exact(
     """
     hidden = x @ layers.first.T + layers.bias if hidden is None else hidden
     pairs = coupling(layers) if pairs is None else pairs
-    slope = torch.func.jvp(layers.activation, (hidden,), (torch.ones_like(hidden),))[1]
+    slope = _slope(layers.activation, hidden)
     squared = ((slope @ pairs) * slope).sum(-1)
     return squared.clamp(min=0).sqrt() / x.shape[1] ** 0.5
+
+
+def _slope(activation: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """The derivative of an activation, element by element; under inference_mode too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        point = hidden.detach().clone().requires_grad_()
+        return torch.autograd.grad(activation(point).sum(), point)[0]
 
 
 def sensitivity_jvp(
