@@ -123,18 +123,37 @@ def test_expansion_moves_queries_to_their_neighbours():
     assert np.allclose(expand_queries(query, gallery, topk=2)[0], expected)
 
 
-def test_reranking_helps_where_neighbours_agree():
-    """Two people as arcs: ends of an arc are far from each other, but joined by what lies between."""
+def test_reranking_as_the_paper_writes_it():
+    """With sets: mutual neighbours, widened by those of neighbours who share two thirds; Jaccard of fuzzy sets."""
     rng = np.random.default_rng(3)
-    angle = np.concatenate([np.linspace(0, 1.2, 12), np.linspace(1.75, 2.95, 12)])
-    points = np.stack([np.cos(angle), np.sin(angle)], 1) + 0.01 * rng.normal(size=(24, 2))
-    ids = np.repeat([1, 2], 12)
-    query, gallery = labels(ids[::6], [0] * 4), labels(ids, [1] * 24)
-    plain = evaluate_features(points[::6], points, query, gallery)
-    better = evaluate_distances(rerank(points[::6], points, k1=5, k2=2), query, gallery)
-    assert better.map > plain.map + 0.02
-    same = rerank(points[::6], points, k1=5, k2=2, weight=1.0)
-    assert evaluate_distances(same, query, gallery).map == pytest.approx(plain.map, abs=1e-6)
+    points, k1, k2 = rng.normal(size=(24, 3)) + np.repeat(rng.normal(size=(4, 3)), 6, axis=0), 6, 3
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    n = range(24)
+    d = np.array([[2 - 2 * unit[i] @ unit[j] for j in n] for i in n])
+    d = d / d.max(axis=0)
+    near = [sorted(n, key=lambda j: (d[i, j], j)) for i in n]
+
+    def mutual(i, k):
+        return {j for j in near[i][: k + 1] if i in near[j][: k + 1]}
+
+    fuzzy = np.zeros((24, 24))
+    for i in n:
+        own = mutual(i, k1)
+        wide = set(own)
+        for j in own:
+            theirs = mutual(j, 3)
+            if len(theirs & own) > 2 / 3 * len(theirs):
+                wide |= theirs
+        for j in wide:
+            fuzzy[i, j] = np.exp(-d[i, j]) / sum(np.exp(-d[i, m]) for m in wide)
+    fuzzy = np.array([np.mean([fuzzy[j] for j in near[i][:k2]], axis=0) for i in n])
+    expected = np.array([
+        [1 - np.minimum(fuzzy[i], fuzzy[j]).sum() / np.maximum(fuzzy[i], fuzzy[j]).sum() for j in range(5, 24)]
+        for i in range(5)
+    ])  # fmt: skip
+    found = rerank(points[:5], points[5:], k1=k1, k2=k2, weight=0.3)
+    assert np.abs(found - (0.7 * expected + 0.3 * d[:5, 5:])).max() < 1e-5
+    assert np.abs(rerank(points[:5], points[5:], k1=k1, k2=k2, weight=1.0) - d[:5, 5:]).max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_triplet_as_brute_force():
         nearest = min(d for d, j in zip(distance, ids, strict=True) if j != ids[i])
         expected += max(0.0, float(farthest - nearest + 0.3)) / 12
     assert float(batch_hard_triplet(features, ids)) == pytest.approx(expected, abs=1e-9)
-    apart = torch.eye(4, dtype=torch.float64)[ids] * 10 + 0.01 * features
+    apart = torch.eye(5, dtype=torch.float64)[ids] * 10 + 0.01 * features
     assert float(batch_hard_triplet(apart, ids)) == 0.0
 
 
