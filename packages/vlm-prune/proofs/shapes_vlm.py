@@ -2,7 +2,7 @@
 
 A CLIP tower with a class token (160 x 160 pixels, 256 visual tokens, read before its last layer) and a Llama of 6
 layers, in transformers' own classes, 2.4 M parameters together. `train_vlm.py` makes the checkpoint, `load_trained`
-gives it back, `score` asks it questions, as everybody asks a LLaVA: one picture and one question at a time.
+gives it back, `answer` asks it questions, as everybody asks a LLaVA: one picture and one question at a time.
 
 For training and for long evaluations many questions share one picture in one packed sequence: a prefix that all of
 them see, then segments that see the prefix and themselves, each at the positions it has alone. The answers are those to
@@ -11,7 +11,8 @@ each question alone (tested), at a tenth of the cost.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     config = LlavaConfig(
@@ -54,6 +56,7 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     _start_local(model.model.vision_tower)
+    _start_copying(model)
     return model
 
 
@@ -73,6 +76,22 @@ def _start_local(tower: nn.Module) -> None:
     for layer in tower.encoder.layers:
         query = layer.self_attn.q_proj.weight.normal_(std=table.shape[1] ** -0.5)
         layer.self_attn.k_proj.weight.copy_(query)
+
+
+@torch.no_grad()
+def _start_copying(model: LlavaForConditionalGeneration) -> None:
+    """Queries start as keys, outputs as values turned back: a token at first looks at tokens like it and copies them.
+
+    Looking up (find the tokens that a word fits, read off what else they say) is what all questions need, and from
+    scratch a language model takes long to come upon it.
+    """
+    for layer in model.model.language_model.layers:
+        attention, width = layer.self_attn, layer.self_attn.q_proj.weight.shape[1]
+        query = attention.q_proj.weight.normal_(std=0.8 * width**-0.5)
+        attention.k_proj.weight.copy_(query)
+        value = nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(0.03 * value.T)
+    model.lm_head.weight.copy_(2 * model.get_input_embeddings().weight)
 
 
 def load_trained(path: Path = CHECKPOINT) -> tuple[LlavaForConditionalGeneration, transformers.LlavaProcessor]:
@@ -146,18 +165,20 @@ def prepare_packed(model: LlavaForConditionalGeneration) -> LlavaForConditionalG
 
 def segments(
     questions: Sequence[Sequence[Question]], tokenizer: transformers.PreTrainedTokenizerFast
-) -> tuple[Int[Tensor, "pictures questions segment"], Int[Tensor, "pictures questions"], Int[Tensor, "..."]]:
-    """Ids of the questions with answers, the id of each answer, and the place in the segment that predicts it."""
+) -> tuple[Int[Tensor, "pictures questions segment"], Int[Tensor, "pictures questions"], Int[Tensor, "..."], Tensor]:
+    """Ids of questions with answers; the id of each answer; the place in the segment that predicts it; the place of the
+    last word of each question that says what is asked about, behind which the answer is settled."""
     pictures, number = len(questions), len(questions[0])
     ids = np.full((pictures, number, SEGMENT), tokenizer.pad_token_id, np.int64)
-    truth, at = np.zeros((pictures, number), np.int64), np.zeros((pictures, number), np.int64)
+    truth, at, settled = (np.zeros((pictures, number), np.int64) for _ in range(3))
     vocab = tokenizer.get_vocab()
     for i, row in enumerate(questions):
         for j, question in enumerate(row):
-            words = [vocab[word] for word in (*question.text.split(), "ASSISTANT:", question.answer)]
-            ids[i, j, : len(words)] = words
-            truth[i, j], at[i, j] = words[-1], len(words) - 2
-    return torch.from_numpy(ids), torch.from_numpy(truth), torch.from_numpy(at)
+            words = [*question.text.split(), "ASSISTANT:", question.answer]
+            ids[i, j, : len(words)] = [vocab[word] for word in words]
+            truth[i, j], at[i, j] = vocab[words[-1]], len(words) - 2
+            settled[i, j] = len(words) - (6 if question.kind == "count" else 4)
+    return tuple(torch.from_numpy(array) for array in (ids, truth, at, settled))
 
 
 def visible_tokens(scenes: Sequence[Scene], number: int, rng: np.random.Generator) -> Int[Tensor, "scenes number"]:
@@ -217,40 +238,52 @@ _USER = build_processor(size=SIZE, patch=PATCH).tokenizer.convert_tokens_to_ids(
 # -- evaluation -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def score(
+@dataclass(frozen=True)
+class Batch:
+    """Some questions, what the model was given, and which of its answers are right."""
+
+    questions: list[Question]
+    inputs: dict[str, Tensor]
+    hits: list[bool]
+
+
+def answer(
     model: LlavaForConditionalGeneration,
     processor: transformers.LlavaProcessor,
     examples: Sequence[Example],
     *,
     look: Look = "own",
     batch: int = 24,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[tuple[Question, bool]]:
-    """Every question with whether the model answers it right: its first word, in one forward per batch.
+) -> Iterator[Batch]:
+    """Asks every question by itself, in one forward for `batch` of them; an answer is its first word.
 
-    look: "own" picture, "none" (text alone), or the picture of the "other", next scene.
+    look: with its "own" picture, with "none" (text alone), or with the picture of the "other", next scene.
     """
     rows = [
         (question, (scene if look == "own" else examples[(i + 1) % len(examples)][0]).image)
         for i, (scene, questions) in enumerate(examples)
         for question in questions
     ]
-    results: list[tuple[Question, bool]] = []
     for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        texts = [prompt(question.text) for question, _ in part]
-        if look == "none":
-            inputs = processor.tokenizer([t.replace("<image> ", "") for t in texts], padding=True, return_tensors="pt")
-        else:
-            inputs = processor(images=[image for _, image in part], text=texts, padding=True, return_tensors="pt")
-        inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
-        best = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
-        truth = processor.tokenizer.convert_tokens_to_ids([question.answer for question, _ in part])
-        results += [(q, b == t) for (q, _), b, t in zip(part, best, truth, strict=True)]
-        if on_batch:
-            on_batch(len(results))
-    return results
+        questions, images = zip(*rows[start : start + batch], strict=True)
+        inputs = encode(processor, questions, None if look == "none" else images)
+        with torch.inference_mode():
+            best = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
+        truth = processor.tokenizer.convert_tokens_to_ids([question.answer for question in questions])
+        yield Batch(list(questions), inputs, [b == t for b, t in zip(best.tolist(), truth, strict=True)])
+
+
+def encode(
+    processor: transformers.LlavaProcessor, questions: Sequence[Question], images: Sequence[np.ndarray] | None
+) -> dict[str, Tensor]:
+    """Inputs of the model for questions with a picture each, or with none."""
+    texts = [prompt(question.text) for question in questions]
+    if images is None:
+        texts = [text.replace("<image> ", "") for text in texts]
+        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    else:
+        inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "pixel_values")}
 
 
 def guess_from_words(seen: Sequence[Example], asked: Sequence[Example]) -> list[tuple[Question, bool]]:

@@ -6,10 +6,12 @@ From scratch, on the scenes of `vlm_prune.scenes`, in the stages of `STAGES`:
 
 1. the tower alone learns what each patch shows (features of the layer before the last, as LLaVA reads them) and, by its
    class token, what the picture shows; on crowded scenes first, since nine digits a picture teach more than five;
-2. the language model learns to answer, the tower at rest and its features kept for a pool of scenes. At first it sees
+2. alignment, LLaVA's first stage: the projector learns to say of each visual token the words
+   of its colour, shape, number and place;
+3. the language model learns to answer, the tower at rest and its features kept for a pool of scenes. At first it sees
    few visual tokens, those of things among them, then more and more, at last all: it learns to look things up among 32
    tokens much sooner than among 256. A side effect is welcome: as large models do, it can do without some tokens;
-3. everything together, on all tokens.
+4. everything together, on all tokens.
 
 Decided here: matrices inside the layers are trained by Muon, all else by AdamW; the loss is on answers only, many
 questions to a picture (`shapes_vlm.packed_logits`); tower and language model run in bfloat16, their weights and their
@@ -20,6 +22,7 @@ steps: a second start goes on from it, bit for bit.
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,13 +42,13 @@ from shapes_vlm import (
     SIZE,
     TOKENS,
     Example,
+    answer,
     build_model,
     guess_from_words,
     load_trained,
     packed_logits,
     pixels,
     prepare_packed,
-    score,
     segments,
     summary,
     visible_tokens,
@@ -54,11 +57,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_prune.scenes import (
+    ANSWERS,
     COLORS,
     KINDS,
+    PLACES,
     SHAPES,
+    Question,
     Scene,
     SceneConfig,
+    Thing,
     ask,
     build_processor,
     make_examples,
@@ -85,7 +92,7 @@ class Stage:
     lr: float
     """Highest learning rate; rises for `warmup` steps and falls as a cosine."""
     task: str
-    """"tower" (patch and picture labels), or "answers"."""
+    """"tower" (patch and picture labels), "alignment" (words for visual tokens), or "answers"."""
     trains: tuple[str, ...]
     """The parts that change, as they occur in parameter names."""
     crowded: bool = False
@@ -105,13 +112,20 @@ STAGES = (
     Stage(name="tower, crowded", steps=500, horizon=1500, batch=8, lr=1.5e-3, task="tower", trains=TOWER, crowded=True),
     Stage(name="tower, scenes", steps=200, batch=8, lr=1.1e-3, task="tower", trains=TOWER, warmup=10),
     Stage(
-        name="answers, few tokens", steps=800, batch=8, lr=1.5e-3, task="answers", trains=LANGUAGE, visible=(32, 64),
-        pool=1600, horizon=1600,
+        name="alignment", steps=200, batch=16, lr=3e-3, task="alignment",
+        trains=("multi_modal_projector",), pool=800,
     ),
     Stage(
-        name="answers", steps=300, batch=8, lr=1e-3, task="answers", trains=LANGUAGE, visible=(64, 256), pool=1600,
+        name="answers, few tokens", steps=300, batch=8, lr=1.5e-3, task="answers", trains=LANGUAGE, visible=(32, 64),
+        pool=800, horizon=600,
     ),
-    Stage(name="whole", steps=150, batch=8, lr=3e-4, task="answers", trains=(*LANGUAGE, "vision_tower"), warmup=10),
+    Stage(
+        name="answers", steps=200, batch=8, lr=1.2e-3, task="answers", trains=LANGUAGE, visible=(64, 256), pool=800,
+        warmup=10,
+    ),
+    Stage(
+        name="whole", steps=400, batch=8, lr=8e-4, task="answers", trains=(*LANGUAGE, "vision_tower"), warmup=30,
+    ),
 )  # fmt: skip
 
 
@@ -126,10 +140,10 @@ class TowerHeads(nn.Module):
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """For each patch: colour and shape (0: background), digit (IGNORED where there is none), heart (1: one patch of
-    the middle, so that things can be counted)."""
+    """For each patch: colour and shape (0: background), digit and place (IGNORED where there is none), heart (1: one
+    patch of the middle, so that things can be counted)."""
     side, labels = SIZE // PATCH, {}
-    for name, empty in (("color", 0), ("shape", 0), ("digit", IGNORED), ("heart", 0)):
+    for name, empty in (("color", 0), ("shape", 0), ("digit", IGNORED), ("place", IGNORED), ("heart", 0)):
         labels[name] = np.full(side * side, empty, np.int64)
     for thing in scene.things:
         left, top, right, bottom = thing.box
@@ -137,6 +151,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         body = patches_of([thing.box], size=SIZE, patch=PATCH)
         labels["color"][body] = 1 + tuple(COLORS).index(thing.color)
         labels["shape"][body] = 1 + SHAPES.index(thing.shape)
+        labels["place"][body] = PLACES.index(thing.place)
         labels["digit"][patches_of([(x - inner, y - inner, x + inner, y + inner)], size=SIZE, patch=PATCH)] = (
             thing.digit
         )
@@ -174,20 +189,44 @@ def tower_loss(model: nn.Module, heads: TowerHeads, scenes: Sequence[Scene]) -> 
     return loss + 2 * F.binary_cross_entropy_with_logits(heads.picture(out.pooler_output).float(), target), right
 
 
+def alignment_loss(
+    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, features: Tensor, scenes: Sequence[Scene]
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy of the words of a visual token's thing against their like, and their accuracy.
+
+    The logits are inner products of projected token and table of words; on the background they are to vanish.
+    """
+    tokens, table = model.model.multi_modal_projector(features).float(), model.get_input_embeddings().weight
+    logits, loss, right = 50 * tokens @ table.T.float(), torch.zeros(()), {}
+    named = [patch_labels(scene) for scene in scenes]
+    for name, shift in (("color", 1), ("shape", 1), ("digit", 0), ("place", 0)):
+        label = torch.from_numpy(np.stack([labels[name] for labels in named])) - shift
+        label = label.where(label >= 0, IGNORED)
+        words = tokenizer.convert_tokens_to_ids(list(ANSWERS["number" if name == "digit" else name]))
+        part = logits[..., words]
+        loss = loss + F.cross_entropy(part.flatten(0, 1), label.flatten(), ignore_index=IGNORED)
+        right[name] = (part.argmax(-1) == label)[label != IGNORED].float().mean().item()
+    ground = torch.from_numpy(np.stack([labels["color"] == 0 for labels in named]))
+    return loss + 0.05 * logits[ground].square().mean(), right
+
+
 def answer_loss(
     model: nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, features: Tensor, examples: Sequence[Example],
     visible: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Mean cross entropy of the answers (and a little of their end), and the accuracy of each kind of question."""
+    """Mean cross entropy of the answers and their ends, and the accuracy of each kind of question.
+
+    The answer is to be said from the word on that settles it ("star" in "what color is the star ?"), so that looking up
+    is learned at the word itself; the accuracy is that of the place where the answer is due.
+    """
     questions = [asked for _, asked in examples]
-    ids, truth, at = segments(questions, tokenizer)
+    ids, truth, at, settled = segments(questions, tokenizer)
     logits = packed_logits(model, model.model.multi_modal_projector(features), ids, visible).float()
-    answers, ends = (
-        logits.gather(2, place[..., None, None].expand(-1, -1, 1, logits.shape[-1])).flatten(0, 2)
-        for place in (at, at + 1)
-    )
-    loss = F.cross_entropy(answers, truth.flatten())
-    loss = loss + 0.1 * F.cross_entropy(ends, torch.full_like(truth.flatten(), tokenizer.eos_token_id))
+    place = torch.arange(ids.shape[-1])
+    label = truth[..., None].expand_as(ids).where((place >= settled[..., None]) & (place <= at[..., None]), IGNORED)
+    label = label.where(place != at[..., None] + 1, tokenizer.eos_token_id)
+    loss = F.cross_entropy(logits.flatten(0, 2), label.flatten(), ignore_index=IGNORED)
+    answers = logits.gather(2, at[..., None, None].expand(-1, -1, 1, logits.shape[-1])).flatten(0, 2)
     hits, right = (answers.argmax(-1) == truth.flatten()).view_as(truth), {}
     for kind in KINDS:
         which = torch.tensor([[question.kind == kind for question in row] for row in questions])
@@ -308,6 +347,8 @@ class Trainer:
             start = 10**6 * self.stage + self.step * stage.batch
             scenes = make_scenes(stage.batch, seed=self.seed, start=start, config=SceneConfig(size=SIZE))
             features = _features(self.model, scenes)
+        if stage.task == "alignment":
+            return alignment_loss(self.model, self.tokenizer, features, scenes)
         examples = [(scene, ask(scene, rng, per_kind=PER_KIND)) for scene in scenes]
         share = min(1.0, 2 * self.step / stage.steps)
         tokens = round(stage.visible[0] + share * (stage.visible[1] - stage.visible[0]))
@@ -315,11 +356,22 @@ class Trainer:
 
     @torch.no_grad()
     def _pooled(self, number: int) -> tuple[list[Scene], Tensor]:
+        """Scenes without their pictures, and the features that the resting tower has of them; kept on disk too."""
         if self._pool is None or len(self._pool[0]) != number:
-            scenes, features = make_scenes(number, seed=self.seed, start=POOL, config=SceneConfig(size=SIZE)), []
-            for start in range(0, number, 32):
-                features.append(_features(self.model, scenes[start : start + 32]).bfloat16())
-            self._pool = scenes, torch.cat(features)
+            weights = torch.cat([p.flatten() for p in self.model.model.vision_tower.parameters()])
+            path = self.folder / f"pool-{number}-{zlib.crc32(weights.numpy().tobytes()):08x}.pt"
+            if not path.exists():
+                scenes, features = make_scenes(number, seed=self.seed, start=POOL, config=SceneConfig(size=SIZE)), []
+                for start in range(0, number, 32):
+                    features.append(_features(self.model, scenes[start : start + 32]).bfloat16())
+                things = [[asdict(thing) for thing in scene.things] for scene in scenes]
+                self.folder.mkdir(parents=True, exist_ok=True)
+                torch.save({"things": things, "features": torch.cat(features)}, path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+            saved = torch.load(path, weights_only=True)
+            blank = np.zeros((SIZE, SIZE, 3), np.uint8)
+            scenes = [Scene(image=blank, things=tuple(Thing(**t) for t in row)) for row in saved["things"]]
+            self._pool = scenes, saved["features"]
         return self._pool
 
 
@@ -347,10 +399,13 @@ def report(out: Path, *, pictures: int, seed: int, on_batch: Callable[[str, int]
     model, processor = load_trained(out)
     asked = make_examples(pictures, seed=10**6 + seed, split="test", per_kind=2, config=SceneConfig(size=SIZE))
     seen = make_examples(10 * pictures, seed=seed, split="train", per_kind=4, config=SceneConfig(size=SIZE))
-    table = {
-        look: summary(score(model, processor, asked, look=look, on_batch=lambda done, look=look: on_batch(look, done)))
-        for look in ("own", "none", "other")
-    }
+    table = {}
+    for look in ("own", "none", "other"):
+        results: list[tuple[Question, bool]] = []
+        for batch in answer(model, processor, asked, look=look):
+            results += zip(batch.questions, batch.hits, strict=True)
+            on_batch(look, len(results))
+        table[look] = summary(results)
     return table | {"best guess from the words": summary(guess_from_words(seen, asked))}
 
 
@@ -358,14 +413,14 @@ def draw(out: Path, path: Path, *, seed: int) -> None:
     """Held-out scenes with one question of each kind and the model's answers, wrong ones in red."""
     model, processor = load_trained(out)
     examples = make_examples(6, seed=2 * 10**6 + seed, split="test", config=SceneConfig(size=SIZE))
-    results = score(model, processor, examples)
+    hits = [hit for batch in answer(model, processor, examples) for hit in batch.hits]
     figure = Figure(figsize=(13, 11), layout="constrained")
     for axes, start, (scene, questions) in zip(
-        figure.subplots(2, 3).flat, range(0, len(results), len(KINDS)), examples, strict=True
+        figure.subplots(2, 3).flat, range(0, len(hits), len(KINDS)), examples, strict=True
     ):
         axes.imshow(scene.image)
         axes.set_axis_off()
-        for line, (question, hit) in enumerate(results[start : start + len(questions)]):
+        for line, (question, hit) in enumerate(zip(questions, hits[start:], strict=False)):
             text = f"{question.text}  {question.answer}" + ("" if hit else "  (model: wrong)")
             axes.text(
                 0, 1.02 + 0.055 * (len(questions) - 1 - line), text, transform=axes.transAxes, fontsize=11,
@@ -384,7 +439,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     work: Annotated[Path, typer.Option(help="Where the state is saved, to go on from.")] = Path("runs/shapes-vlm"),
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 40,
     pictures: Annotated[int, typer.Option(help="Held-out pictures, of 12 questions each, for the accuracy.")] = 150,
     quick: Annotated[bool, typer.Option(help="Two small steps a stage: does it run?")] = False,
 ) -> None:
