@@ -195,7 +195,7 @@ class Pruner:
             return
         prefill.done = True
         prefill.caught.clear()
-        prefill.calls.clear()
+        prefill.calls = {}  # contexts that somebody kept hold on to theirs
         prefill.prompt = None
         if self.num_tokens is not None:
             self.report = make_report(self.name, prefill, self.config, self.host.dtype, self.num_tokens)

@@ -3,7 +3,7 @@
 Five language layers, hidden size 64, images of 32 by 32 pixels, weights large enough that outputs depend on inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ _TOWER: dict[str, Any] = {
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A random model of the family in float32 and eval mode; `changes` are fields of its text config."""
-    config = _CONFIGS[family]({**_TEXT, **changes})
+def tiny_model(family: str, *, seed: int = 0, text: Mapping[str, Any] | None = None) -> Any:
+    """A random model of the family in float32 and eval mode; `text` are other fields of its text config."""
+    config = _CONFIGS[family]({**_TEXT, **(text or {})})
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     with torch.no_grad():
