@@ -200,7 +200,7 @@ def draw_table(table: pd.DataFrame, file: Path) -> None:
 
 
 def draw_paths(data: ScanpathData, results: list[dict[str, Any]], file: Path) -> None:
-    """Four collages: people, OAT, and the best baseline, six paths each."""
+    """Four collages: people, OAT, and two baselines, six paths each, drawn by lot."""
     from matplotlib import pyplot as plt
 
     shown = [next(iter(fold["models"]["OAT"]["paths"])) for fold in results][:4]
@@ -212,7 +212,9 @@ def draw_paths(data: ScanpathData, results: list[dict[str, Any]], file: Path) ->
         fold = next(fold for fold in results if scene in fold["models"]["OAT"]["paths"])
         for row, name in enumerate(rows):
             human = [path.objects for path in data.on_scene(scene) if path.objects is not None]
-            paths = human[:6] if name == "people" else [np.array(p) for p in fold["models"][name]["paths"][scene][:6]]
+            drawn = [np.array(path) for path in fold["models"].get(name, {"paths": {scene: []}})["paths"][scene]]
+            chosen = np.random.default_rng(column).permutation(len(drawn))[:6]
+            paths = human[:6] if name == "people" else [drawn[number] for number in chosen]
             title = f"{name}: collage {scene}, {np.mean([len(p) for p in paths]):.1f} fixations"
             plot_paths(
                 panels[row][column], layout_of(data, scene), paths, target=data.scenes[scene].target, title=title

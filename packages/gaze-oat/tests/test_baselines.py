@@ -107,6 +107,8 @@ def test_samples_have_human_lengths_and_endings() -> None:
     assert len(paths) == 4000
     assert np.mean([len(p) for p in paths]) == pytest.approx(np.mean([len(p) for p in human]), abs=0.25)
     assert np.mean([p[-1] == 5 for p in paths]) > 0.98
+    halves = [np.mean([len(p) for p in part]) for part in (paths[:2000], paths[2000:])]
+    assert halves[0] == pytest.approx(halves[1], abs=0.4)  # short ones do not come first
     short = model.sample(GRID, 5, num_samples=50, rng=rng, max_length=2)
     assert max(len(p) for p in short) == 2
     again = [model.sample(GRID, 5, num_samples=9, rng=np.random.default_rng(1)) for _ in range(2)]

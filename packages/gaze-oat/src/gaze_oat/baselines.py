@@ -302,17 +302,18 @@ class LengthMatched:
         self, layout: Layout, target: int, *, num_samples: int, rng: np.random.Generator, max_length: int = 92
     ) -> list[Int[np.ndarray, "n"]]:
         """Paths drawn step by step; cut at max_length."""
-        history, done = np.zeros((num_samples, 0), int), []
-        while len(history):
+        history, rows = np.zeros((num_samples, 0), int), np.arange(num_samples)
+        done: dict[int, np.ndarray] = {}
+        while len(rows):
             chances = self.next_probabilities(layout, target, history)
             picked = (chances.cumsum(1) > rng.random((len(history), 1)) * chances.sum(1, keepdims=True)).argmax(1)
             stopped = picked == len(layout)
-            done += list(history[stopped])
-            history = np.concatenate([history[~stopped], picked[~stopped, None]], 1)
+            done |= dict(zip(rows[stopped].tolist(), history[stopped], strict=True))
+            history, rows = np.concatenate([history[~stopped], picked[~stopped, None]], 1), rows[~stopped]
             if history.shape[1] >= max_length:
-                done += list(history)
+                done |= dict(zip(rows.tolist(), history, strict=True))
                 break
-        return done
+        return [done[number] for number in range(num_samples)]
 
 
 KERNELS: dict[str, Any] = {

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from gaze_oat.errors import ScanpathProblem
 
 _MOST_CELLS = 1 << 18
+_FEW, _MANY = 3_000, 60_000
 
 
 def elementwise(count: int) -> Int[np.ndarray, "K 2"]:
@@ -96,7 +97,7 @@ def blocks(first: Sequence[np.ndarray], second: Sequence[np.ndarray], pairs: Int
     """All pairs, those of similar lengths together; at most about 2^18 cells of an m x n table row at once."""
     padded, lengths = zip(*(_padded(paths) for paths in (first, second)), strict=True)
     own = [lengths[side][pairs[:, side]] for side in (0, 1)]
-    rounded = [_rounded(length) for length in own]
+    rounded = [_rounded(length, len(pairs)) for length in own]
     order = np.lexsort((rounded[1], rounded[0]))
     edges = np.flatnonzero((np.diff(rounded[0][order]) != 0) | (np.diff(rounded[1][order]) != 0)) + 1
     for group in np.split(order, edges):
@@ -124,7 +125,11 @@ def _padded(paths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(list(paths))[starts[:, None] + take], lengths
 
 
-def _rounded(lengths: np.ndarray) -> np.ndarray:
-    """Up to the next even number, from 16 on to the next of four steps an octave."""
-    step = 2 ** np.maximum(1, np.floor(np.log2(np.maximum(lengths, 1))).astype(int) - 2)
+def _rounded(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Length classes: four an octave for many pairs, fewer for few, as each block of pairs costs its own loop."""
+    octave = np.log2(np.maximum(lengths, 1))
+    if count < _MANY:
+        width = 2 if count < _FEW else 1
+        return np.ceil(octave / width).astype(int)
+    step = 2 ** np.maximum(1, np.floor(octave).astype(int) - 2)
     return -(-lengths // step) * step

@@ -155,7 +155,8 @@ def _checked(path: Scanpath, scenes: Mapping[str, Scene], drop_outside: bool) ->
         if outside.all():
             return None
         kept: dict[str, Any] = {name: getattr(path, name) for name in ("points", "objects", "durations")}
-        path = replace(path, **{name: None if part is None else part[~outside] for name, part in kept.items()})
+        parts: Any = {name: None if part is None else part[~outside] for name, part in kept.items()}
+        path = replace(path, **parts)
     if path.objects is None:
         return path if scene.layout is None else replace(path, objects=scene.layout.object_at(path.points))
     most = np.inf if scene.layout is None else len(scene.layout)
