@@ -16,6 +16,7 @@ from vit_efficient.adaptive_sparsity import (
     fit_thresholds,
     masked_forward,
     model_macs,
+    scale_thresholds,
     straight_through,
     token_score,
 )
@@ -291,6 +292,22 @@ def test_thresholds_without_training_meet_the_budget(target):
     assert len(counts[:, -1].unique()) > 1, "images keep different numbers"
     with pytest.raises(ValueError, match="no thresholds bring the cost"):
         fit_thresholds(model, x, 0.05)
+
+
+def test_one_factor_brings_trained_thresholds_to_the_budget():
+    model, x = pruned(), images(8)
+    learned = model.token_reducer.thresholds.detach().clone()
+    cost = scale_thresholds(model, x, 0.7, tolerance=0.01)
+    factors = model.token_reducer.thresholds.detach() / learned
+    torch.testing.assert_close(factors, factors[:1].expand(3))
+    assert factors[0] != 1
+    full = model_macs(model, torch.full((1, 4), 36))
+    assert (model_macs(model, token_counts(model, x)).mean() / full).item() == pytest.approx(cost, abs=0.005)
+    assert cost == pytest.approx(0.7, abs=0.01)
+    before = model.token_reducer.thresholds.detach().clone()
+    with pytest.raises(ValueError, match="no common factor"):
+        scale_thresholds(model, x, 0.01)
+    assert torch.equal(model.token_reducer.thresholds, before)
 
 
 def test_loss_in_gflops_is_the_relative_one_times_the_dense_cost():

@@ -8,6 +8,7 @@ from vit_efficient.adaptive_sparsity import (
     fit_thresholds,
     masked_forward,
     model_macs,
+    scale_thresholds,
 )
 from vit_efficient.baselines import (
     DynamicViTConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "model_macs",
     "reconstruction_loss",
     "save_method",
+    "scale_thresholds",
     "set_phase",
     "token_counts",
 ]

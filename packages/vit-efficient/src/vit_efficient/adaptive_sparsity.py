@@ -244,6 +244,26 @@ def fit_thresholds(model: Any, images: Float[Tensor, "B c h w"], target: float, 
     )
 
 
+@torch.no_grad()
+def scale_thresholds(model: Any, images: Float[Tensor, "B c h w"], target: float, *, tolerance: float = 0.005) -> float:
+    """Multiplies all thresholds by one factor so that these images cost `target` of the dense model; returns the cost.
+
+    After training, which meets its budget on average over changing thresholds: what was learned about one threshold
+    against another stays. ValueError where no factor from 1/64 to 64 meets the target.
+    """
+    reducer = model.token_reducer
+    learned, low, high, cost = reducer.thresholds.clone(), -6.0, 6.0, 1.0
+    for _ in range(20):
+        exponent = (low + high) / 2
+        reducer.thresholds.copy_(learned * 2**exponent)
+        cost = _cost_ratio(model, masked_forward(model, images)).mean().item()
+        if abs(cost - target) <= tolerance:
+            return cost
+        low, high = (exponent, high) if cost > target else (low, exponent)
+    reducer.thresholds.copy_(learned)
+    raise ValueError(f"no common factor of the thresholds brings the cost to {target}; the nearest gave {cost:.3f}")
+
+
 def _keep_share(share: float, reducer: AdaptiveReducer, stage: int, score: Tensor, before: list[Tensor]) -> Tensor:
     present = before[-1] > 0.5 if before else torch.ones_like(score, dtype=torch.bool)
     threshold = score[present].quantile(1 - share)
