@@ -70,6 +70,7 @@ def _run(
     samples: int, temperature: float, seed: int, out: Path,
 ) -> None:  # fmt: skip
     from gaze_oat import OATModel, save_gif, save_png, write_csv
+    from gaze_oat.baselines import objects_of
     from gaze_oat.drawing import draw_scanpath
     from gaze_oat.jobs import SEARCHER, most_typical, open_image, simulate
 
@@ -91,7 +92,7 @@ def _run(
         OATModel.load(model or SEARCHER), picture, layout, target, name=image.name,
         num_samples=samples, temperature=temperature, seed=seed,
     )  # fmt: skip
-    typical = data.scanpaths[most_typical(data)].objects
+    typical = objects_of(data)[most_typical(data)]
     write_csv(data, out / "scanpaths.csv")
     save_png(draw_scanpath(picture, layout, typical, target=target), out / "scanpath.png")
     save_gif(picture, layout, typical, out / "scanpath.gif", target=target)

@@ -5,7 +5,7 @@
 Collages are dealt into folds; nothing of a collage that is tested is ever trained on. The collages' pictures are not
 part of the data, so objects are known by their position and by being the target or not; OAT therefore learns how people
 move, not what draws them. Every model is fitted on the same training collages. Baselines get human lengths and endings.
-Folds are saved as they come; a second start goes on. About 25 minutes on one core; --quick does two folds of few
+Folds are saved as they come; a second start goes on. About 6 minutes of one core; --quick does two folds of few
 epochs.
 
 Data: Sattar et al., CVPR 2015; JSON by Stauden et al., KI 2018 (CC BY-NC-SA 4.0: not to be shipped in products).

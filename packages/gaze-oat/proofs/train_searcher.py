@@ -27,9 +27,9 @@ from gaze_oat.training import OATTrainer, TrainingConfig, Trial
 stderr = Console(stderr=True)
 MODEL = OATConfig(
     width=64, feedforward=64, encoder_layers=2, decoder_layers=2, crop_size=(32, 32), grid_size=16, offset_bias=True,
-    max_length=60,
+    max_length=60, anisotropic=True,
 )  # fmt: skip
-TRAINING = TrainingConfig(epochs=8, lr=2e-3, schedule="cosine", patience=8, monitor="nll", mirror=True, batch_size=16)
+TRAINING = TrainingConfig(epochs=8, lr=3e-3, schedule="cosine", patience=8, monitor="nll", mirror=True, batch_size=16)
 
 
 def trials(count: int, searches: int, *, seed: int) -> list[Trial]:
