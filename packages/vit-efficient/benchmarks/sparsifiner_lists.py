@@ -5,7 +5,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from shared_kernels import sparse_attention
 
-CLAIM = "At 1,024 tokens and a tenth of the keys, attention over given lists is at least twice as fast as SDPA on a CPU."
+CLAIM = (
+    "At 1,024 tokens and a tenth of the keys, attention over given lists is at least twice as fast as SDPA on a CPU."
+)
 SWEEP = {"tokens": (256, 1_024, 4_096)}
 BASELINE = "sdpa, all keys"
 TARGET = 2

@@ -58,9 +58,7 @@ class TestPruningSparsifinerDoor(DoorTests):
         return apply_sparsifiner(model, PRUNING)
 
 
-PRUNING = SparsifinerConfig(
-    keep_rate=0.3, coefficients=4, basis_threshold=0.005, token_keep=0.6, prune_after=(0, 2)
-)
+PRUNING = SparsifinerConfig(keep_rate=0.3, coefficients=4, basis_threshold=0.005, token_keep=0.6, prune_after=(0, 2))
 
 
 def sparse(config, kind="plain", **changes):
