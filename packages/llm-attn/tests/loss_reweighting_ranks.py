@@ -27,6 +27,7 @@ from llm_attn.loss_reweighting import (
     per_sample_losses,
     sample_means,
 )
+from llm_attn.loss_reweighting import samples as samples_module
 from llm_attn.testing import tiny_model, tokens
 
 RANKS, STEPS, ROWS, LENGTH = 2, 2, 3, 11
@@ -138,6 +139,7 @@ def sharded(rank):
 
 def run_rank(rank, folder, port):
     torch.set_num_threads(1)
+    samples_module.FEW_LOGITS = 0  # as large models have it
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -27,6 +27,7 @@ from llm_attn.loss_reweighting import (
     temperature_at,
     weight_bound,
 )
+from llm_attn.loss_reweighting import samples as samples_module
 from llm_attn.loss_reweighting.weights import SCORES
 from llm_attn.testing import tiny_model, tokens
 
@@ -289,9 +290,20 @@ def reference_losses(hidden, weight, bias, labels, spans):
     return torch.stack(found)
 
 
+@pytest.fixture
+def few_logits(monkeypatch, request):
+    """Logits that are kept: as they are, or none, as with a large vocabulary."""
+    if request.param is not None:
+        monkeypatch.setattr(samples_module, "FEW_LOGITS", request.param)
+
+
+either_way = pytest.mark.parametrize("few_logits", [None, 0], indirect=True, ids=["few", "many"])
+
+
+@either_way
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_losses_of_samples_are_those_from_logits(packed, biased):
+def test_losses_of_samples_are_those_from_logits(few_logits, packed, biased):
     draw = torch.Generator().manual_seed(6)
     hidden = torch.randn(3, 17, 24, generator=draw, requires_grad=True)
     weight = torch.randn(4133, 24, generator=draw, requires_grad=True)  # no multiple of a tile
@@ -373,7 +385,8 @@ def test_memory_at_the_size_of_a_training():
     assert memory_against_logits(8192, 32_000, 256) < 0.15
 
 
-def test_model_gives_losses_for_logits_and_then_logits_again():
+@either_way
+def test_model_gives_losses_for_logits_and_then_logits_again(few_logits):
     model, ids = tiny_model("llama", attention_bias=True), tokens(3, 12)
     logits, targets = model(ids).logits, next_targets(ids)
     with losses_for_logits(model, targets):
@@ -542,7 +555,8 @@ def test_dropout_draws_the_same_numbers_with_a_look_ahead(tmp_path):
     assert (found[0] - found[1]).abs().max() < 1e-6
 
 
-def test_losses_from_logits_train_the_same(tmp_path):
+@either_way
+def test_losses_from_logits_train_the_same(few_logits, tmp_path):
     fused, logits = (train(tmp_path, head=head) for head in ("fused", "logits"))
     assert (weights_of(fused) - weights_of(logits)).abs().max() < 1e-5
     assert "forward" not in vars(fused.model.lm_head)

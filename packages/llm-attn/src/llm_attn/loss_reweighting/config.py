@@ -39,7 +39,7 @@ class LossReweightingConfig:
     for models that change them behind the output layer (Gemma 2 caps them) or whose output layer is no plain one."""
 
     def __post_init__(self) -> None:
-        if self.strategy == "upper":  # type: ignore[comparison-overlap]  # what people will try
+        if self.strategy == "upper":  # what people will try
             raise ValueError(
                 "strategy 'upper' means 'linupper' in the authors' FSDP code and 'upper_linear' in their GPT-2 code: "
                 "name the one you mean"

@@ -12,9 +12,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from llm_attn.loss_reweighting.samples import IGNORED
+from llm_attn.loss_reweighting.samples import token_losses
 from llm_attn.transformers.door import base_model
-from shared_kernels import weighted_cross_entropy
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
 
@@ -54,10 +53,10 @@ def losses_for_logits(model: nn.Module, targets: Int[Tensor, "B N"]) -> Iterator
                 "the model without logits_to_keep"
             )
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
-        of_tokens = weighted_cross_entropy(flat, head.weight, wanted, bias=head.bias, ignore_index=IGNORED)
+        of_tokens = token_losses(flat, head.weight, wanted, bias=head.bias)
         return of_tokens.view(*targets.shape, 1)
 
-    head.forward = losses  # type: ignore[method-assign]
+    head.forward = losses  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""Losses of single samples: rows of a batch, or the documents packed into them, without logits in memory.
+"""Losses of single samples: rows of a batch, or the documents packed into them, without all logits in memory.
+
+Decided here: logits that are few anyway (`FEW_LOGITS`) are made and kept for the backward pass, which saves the product
+that makes them again and with it some per cent of a training step; more are never made at once.
 
 Shapes: B rows, N tokens, C width, V vocabulary, n samples.
 """
@@ -14,6 +17,8 @@ from torch.nn import functional as F
 from shared_kernels import weighted_cross_entropy
 
 IGNORED = -100
+FEW_LOGITS = 1 << 23
+"""Tokens times vocabulary up to which logits are kept: 32 MiB in float32."""
 
 
 class SampleLosses(NamedTuple):
@@ -39,6 +44,21 @@ def documents_of(position_ids: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
     """
     new = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
     return new.flatten().cumsum(0).view(new.shape) - 1
+
+
+def token_losses(
+    hidden: Float[Tensor, "T C"],
+    head_weight: Float[Tensor, "V C"],
+    targets: Int[Tensor, "T"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+) -> Float[Tensor, "T"]:
+    """Cross-entropy of each token, 0 where its target is -100; in float32 at least."""
+    if hidden.shape[0] * head_weight.shape[0] > FEW_LOGITS:
+        return weighted_cross_entropy(hidden, head_weight, targets, bias=bias, ignore_index=IGNORED)
+    logits = F.linear(hidden, head_weight, bias)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
 
 
 def sample_means(
@@ -89,8 +109,8 @@ def per_sample_losses(
     """Cross-entropy of each row's next tokens, from the decoder's last hidden states and the output layer's weight.
 
     Labels are those of the places themselves, as transformers takes them (-100 does not count); with `position_ids` a
-    sample is a document of a packed row. Losses are float32 at least. Memory grows with tokens and with the vocabulary,
-    not with their product, in the backward pass too. ValueError on shapes that do not fit.
+    sample is a document of a packed row. Losses are float32 at least. Beyond `FEW_LOGITS` memory grows with tokens and
+    with the vocabulary, not with their product, in the backward pass too. ValueError on shapes that do not fit.
     """
     if labels.shape != hidden.shape[:2]:
         raise ValueError(f"labels must be {tuple(hidden.shape[:2])} like the hidden states, got {tuple(labels.shape)}")
@@ -98,5 +118,5 @@ def per_sample_losses(
         raise ValueError(f"position_ids must be {tuple(labels.shape)} like labels, got {tuple(position_ids.shape)}")
     documents = None if position_ids is None else documents_of(position_ids)
     targets = next_targets(labels, documents)
-    losses = weighted_cross_entropy(hidden.flatten(0, 1), head_weight, targets.flatten(), bias=bias)
+    losses = token_losses(hidden.flatten(0, 1), head_weight, targets.flatten(), bias=bias)
     return sample_means(losses.view(targets.shape), targets, documents, sequence_group=sequence_group)
