@@ -41,7 +41,7 @@ def test_one_person_is_one_track():
 
 
 def test_speed_carries_over_a_gap():
-    """Eighteen pixels a frame: after two frames without a box nothing overlaps where it was, but where it should be."""
+    """Twelve pixels a frame: after two frames without a box nothing overlaps where it was, but where it should be."""
     places = steady(10, 12, [f for f in range(16) if f not in (8, 9)])
     assert [n for frame in track(walk((0, places)), looks=False) for n in frame] == [1] * 14
 
@@ -64,7 +64,7 @@ def test_another_person_is_not_taken_for_the_lost_one():
 
 
 def test_lost_people_cannot_have_flown():
-    film = list(walk((0, steady(10, 0, range(8))), (0, dict.fromkeys(range(13, 18), (380, 50, 20, 50)))))
+    film = list(walk((0, steady(10, 0, range(8))), (0, dict.fromkeys(range(13, 18), (300, 50, 20, 50)))))
     near = TrackerConfig(confirm=1, patience=3, speed=0.2)
     assert track(film, near)[-1] == [2]
     assert track(film)[-1] == [1]

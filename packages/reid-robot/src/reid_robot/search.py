@@ -10,8 +10,9 @@ by least squares over all that was evaluated, 95 % intervals from resampling eva
 gain per cost, a_f / b_f.
 
 Strategies: exhaustive, random, regularised evolution (Real et al., AAAI 2019), successive halving (Jamieson and
-Talwalkar, AISTATS 2016). Decided here: evolution aims at the whole front, so each tournament weighs accuracy against
-log latency by a share drawn anew, and nothing is evaluated twice.
+Talwalkar, AISTATS 2016). Decided here: evolution aims at the whole front, so a tournament is won by
+whom the fewest beat in both, among equals by accuracy against log latency at a share drawn anew; nothing is evaluated
+twice.
 """
 
 import math
@@ -110,13 +111,14 @@ def evolve(
     return found
 
 
-def _fitness(evaluation: Evaluation, found: Sequence[Evaluation], weight: float) -> float:
-    """Accuracy against log latency, both scaled to what was seen."""
+def _fitness(evaluation: Evaluation, found: Sequence[Evaluation], weight: float) -> tuple[int, float]:
+    """How few beat it in both, and among equals accuracy against log latency, both scaled to what was seen."""
+    beaten = sum(e.accuracy > evaluation.accuracy and e.latency < evaluation.latency for e in found)
     accuracy = [e.accuracy for e in found]
     cost = [math.log(e.latency) for e in found]
     gain = (evaluation.accuracy - min(accuracy)) / max(max(accuracy) - min(accuracy), 1e-12)
     price = (math.log(evaluation.latency) - min(cost)) / max(max(cost) - min(cost), 1e-12)
-    return weight * gain - (1 - weight) * price
+    return -beaten, weight * gain - (1 - weight) * price
 
 
 def successive_halving(
