@@ -13,7 +13,7 @@ from diffusion_attn import (
     log_normal_times,
 )
 from diffusion_attn.testing import inputs_of, tiny_model
-from diffusion_attn.training import noisy_at
+from diffusion_attn.training import euler_sample, noisy_at
 
 
 def batch():
@@ -69,3 +69,22 @@ def test_distillation_brings_sla_nearer_to_its_teacher():
     assert losses[0] > 0
     assert losses[-1] < 0.7 * losses[0]
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampling_follows_the_velocity(shift):
+    """A constant velocity is followed exactly whatever the steps; time falls from 1,000 to above 0."""
+    noise, asked = torch.zeros(2, 3), []
+    model = torch.nn.Module()
+
+    def forward(hidden_states, timestep, return_dict):
+        asked.append(timestep[0].item())
+        return (torch.full_like(hidden_states, 2.0),)
+
+    model.forward = forward
+    sample = euler_sample(model, noise, {}, steps=4, shift=shift)
+    torch.testing.assert_close(sample, torch.full((2, 3), -2.0))
+    even = [1.0, 0.75, 0.5, 0.25]
+    assert asked == pytest.approx([1_000 * shift * t / (1 + (shift - 1) * t) for t in even])
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        euler_sample(model, noise, {}, steps=0)

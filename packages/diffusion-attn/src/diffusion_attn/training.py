@@ -6,6 +6,7 @@ log-normal. All weights are trained.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,3 +68,25 @@ def distillation_loss(
     with torch.no_grad():
         target = velocity(teacher, noisy, times, conditions)
     return F.mse_loss(velocity(student, noisy, times, conditions).float(), target.float())
+
+
+@torch.no_grad()
+def euler_sample(
+    model: nn.Module,
+    noise: Float[Tensor, "B *rest"],
+    conditions: Mapping[str, Any],
+    *,
+    steps: int = 20,
+    shift: float = 1.0,
+) -> Float[Tensor, "B *rest"]:
+    """Follows the predicted velocity from noise to a sample, in Euler steps.
+
+    shift: above 1 spends more steps at high noise, t' = shift t / (1 + (shift - 1) t).
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    even = torch.linspace(1, 0, steps + 1)
+    times = shift * even / (1 + (shift - 1) * even)
+    for now, then in pairwise(times):
+        noise = noise + (then - now) * velocity(model, noise, now.expand(noise.shape[0]), conditions)
+    return noise
