@@ -246,6 +246,11 @@ class Batch:
     inputs: dict[str, Tensor]
     hits: list[bool]
 
+    @property
+    def pairs(self) -> list[tuple[Question, bool]]:
+        """Each question with whether it was answered right."""
+        return list(zip(self.questions, self.hits, strict=True))
+
 
 def answer(
     model: LlavaForConditionalGeneration,
@@ -271,6 +276,29 @@ def answer(
             best = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
         truth = processor.tokenizer.convert_tokens_to_ids([question.answer for question in questions])
         yield Batch(list(questions), inputs, [b == t for b, t in zip(best.tolist(), truth, strict=True)])
+
+
+@torch.inference_mode()
+def answer_packed(
+    model: LlavaForConditionalGeneration,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    *,
+    look: Look = "own",
+    batch: int = 8,
+) -> Iterator[tuple[list[Question], list[bool]]]:
+    """As `answer`, all questions of a picture in one sequence, of a model that `prepare_packed` made ready."""
+    for start in range(0, len(examples), batch):
+        part = examples[start : start + batch]
+        shift = int(look == "other")
+        shown = [examples[(start + shift + i) % len(examples)][0] for i in range(len(part))]
+        asked = [questions for _, questions in part]
+        ids, truth, at, _ = segments(asked, tokenizer)
+        tower = model.model.vision_tower(pixels(shown), output_hidden_states=True)
+        features = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+        logits = packed_logits(model, features, ids, torch.arange(TOKENS).expand(len(part), -1))
+        best = logits.gather(2, at[..., None, None].expand(-1, -1, 1, logits.shape[-1])).squeeze(2).argmax(-1)
+        yield [question for row in asked for question in row], (best == truth).flatten().tolist()
 
 
 def encode(

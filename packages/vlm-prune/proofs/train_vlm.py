@@ -43,6 +43,7 @@ from shapes_vlm import (
     TOKENS,
     Example,
     answer,
+    answer_packed,
     build_model,
     guess_from_words,
     load_trained,
@@ -62,7 +63,6 @@ from vlm_prune.scenes import (
     KINDS,
     PLACES,
     SHAPES,
-    Question,
     Scene,
     SceneConfig,
     Thing,
@@ -391,7 +391,7 @@ def export(trainer: Trainer, out: Path) -> None:
     build_processor(size=SIZE, patch=PATCH).save_pretrained(out)
 
 
-def report(out: Path, *, pictures: int, seed: int, on_batch: Callable[[str, int], None]) -> dict[str, dict]:
+def report(out: Path, *, pictures: int, seed: int, on_look: Callable[[str], None]) -> dict[str, dict]:
     """Accuracy of the saved model and of three blind ones on `pictures` held-out scenes, two questions of each kind.
 
     Blind: without a picture, with another scene's picture, and guessing from the words of the question.
@@ -399,13 +399,14 @@ def report(out: Path, *, pictures: int, seed: int, on_batch: Callable[[str, int]
     model, processor = load_trained(out)
     asked = make_examples(pictures, seed=10**6 + seed, split="test", per_kind=2, config=SceneConfig(size=SIZE))
     seen = make_examples(10 * pictures, seed=seed, split="train", per_kind=4, config=SceneConfig(size=SIZE))
-    table = {}
-    for look in ("own", "none", "other"):
-        results: list[tuple[Question, bool]] = []
-        for batch in answer(model, processor, asked, look=look):
-            results += zip(batch.questions, batch.hits, strict=True)
-            on_batch(look, len(results))
-        table[look] = summary(results)
+    blind = [pair for batch in answer(model, processor, asked, look="none") for pair in batch.pairs]
+    table = {"no picture": summary(blind)}
+    on_look("no picture")
+    prepare_packed(model)
+    for look, name in (("own", "own picture"), ("other", "another scene's picture")):
+        batches = answer_packed(model, processor.tokenizer, asked, look=look)
+        table[name] = summary([pair for questions, hits in batches for pair in zip(questions, hits, strict=True)])
+        on_look(name)
     return table | {"best guess from the words": summary(guess_from_words(seen, asked))}
 
 
@@ -441,28 +442,24 @@ def main(
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 40,
     pictures: Annotated[int, typer.Option(help="Held-out pictures, of 12 questions each, for the accuracy.")] = 150,
+    export_now: Annotated[
+        bool, typer.Option(help="No training: write the checkpoint of the state saved last.")
+    ] = False,
     quick: Annotated[bool, typer.Option(help="Two small steps a stage: does it run?")] = False,
 ) -> None:
     """Trains the model and writes it in half precision, with its accuracy and a picture of its answers beside it."""
     stages, pictures = (_quick(STAGES), 2) if quick else (STAGES, pictures)
     trainer = Trainer(stages, work, seed=seed, save_every=save_every)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns, console=stderr) as progress:
-        task = progress.add_task("training", total=sum(stage.steps for stage in stages), completed=trainer.steps_done)
-        trainer.run(
-            lambda entry: progress.console.print(json.dumps(entry), soft_wrap=True),
-            lambda done: progress.update(task, completed=done),
-        )
+    if not export_now:
+        _train(trainer)
     export(trainer, out)
     with Progress(console=stderr) as progress:
-        task = progress.add_task("questions", total=12 * pictures)
-        scores = report(
-            out, pictures=pictures, seed=seed,
-            on_batch=lambda look, done: progress.update(task, description=f"picture: {look}", completed=done),
-        )  # fmt: skip
+        task = progress.add_task("questions", total=3)
+        scores = report(out, pictures=pictures, seed=seed, on_look=lambda _: progress.advance(task))
     draw(out, out.parent / f"{out.name}.png", seed=seed)
     record = {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()), "seed": seed, "accuracy": scores,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()), "seed": seed,
+        "steps done": trainer.steps_done, "steps planned": sum(stage.steps for stage in stages), "accuracy": scores,
         "stages": [asdict(stage) for stage in stages], "log": trainer.log,
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
@@ -470,6 +467,17 @@ def main(
     path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".part").replace(path)
     stderr.print({look: {kind: row["accuracy"] for kind, row in table.items()} for look, table in scores.items()})
+
+
+def _train(trainer: Trainer) -> None:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=stderr) as progress:
+        total = sum(stage.steps for stage in trainer.stages)
+        task = progress.add_task("training", total=total, completed=trainer.steps_done)
+        trainer.run(
+            lambda entry: progress.console.print(json.dumps(entry), soft_wrap=True),
+            lambda done: progress.update(task, completed=done),
+        )
 
 
 if __name__ == "__main__":

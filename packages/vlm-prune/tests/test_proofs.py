@@ -147,10 +147,12 @@ def test_the_blind_guess_takes_the_most_frequent_answer(proofs):
 def test_the_script_runs_and_its_checkpoint_loads(proofs, tmp_path):
     shapes, training = proofs
     out = tmp_path / "made" / "model"
-    training.main(out=out, work=tmp_path / "work", seed=0, save_every=100, pictures=150, quick=True)
+    training.main(out=out, work=tmp_path / "work", seed=0, save_every=100, pictures=150, export_now=False, quick=True)
     record = json.loads((out.parent / "model.json").read_text())
-    assert record["accuracy"]["own"]["all"]["questions"] == 24
-    assert set(record["accuracy"]) == {"own", "none", "other", "best guess from the words"}
+    assert record["accuracy"]["own picture"]["all"]["questions"] == 24
+    assert set(record["accuracy"]) == {
+        "own picture", "no picture", "another scene's picture", "best guess from the words",
+    }  # fmt: skip
     assert (out.parent / "model.png").stat().st_size > 10_000
     model, processor = shapes.load_trained(out)
     scene, questions = make_examples(1, seed=9)[0]
