@@ -457,6 +457,16 @@ def test_calls_that_are_refused():
         generate(gemma, prompt("gemma3", LONG), cache_implementation="static")
 
 
+def test_images_that_come_late_are_said_to_be_left_alone(caplog):
+    """The first chunk of the prompt is text, and the image comes with a cache that holds it."""
+    model, inputs = shared_model("llava"), prompt("llava", Asked(before=12))
+    before = logits(model, inputs, prefill_chunk_size=10)
+    with vp.prune(model, "fastervlm", keep=4):
+        given = logits(model, inputs, prefill_chunk_size=10)
+    assert torch.equal(given, before)
+    assert "not pruned" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [

@@ -10,6 +10,7 @@ too, goes through unpruned against the pruned cache. Positions are preserved for
 renumbers the kept tokens (AdaptInfer, PyramidDrop and SparseVLM on LLaVA), which breaks M-RoPE and generate().
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ from vlm_prune.report import Report, make_report
 from vlm_prune.stages import BEFORE, Stage
 from vlm_prune.vision import Modality, VisionCall, recording
 
+_LOG = logging.getLogger(__name__)
 _VISION = {"tower_attention", "projector_input"}
 
 
@@ -122,6 +124,7 @@ class Pruner:
         ids = args[0] if args else kwargs.get("input_ids")
         cache, mask = _cache(kwargs), kwargs.get("attention_mask")
         if cache is not None and _physical(cache) > 0:
+            self._warn_of_late_images()
             self.current = self.known.get(cache)
             if self.current is not None:
                 kwargs = {**kwargs, "attention_mask": self._later_mask(self.current, mask)}
@@ -139,6 +142,15 @@ class Pruner:
         if self.current is None:
             self.report = None
         return args, kwargs
+
+    def _warn_of_late_images(self) -> None:
+        if self.encoded:
+            self.encoded = {}
+            _LOG.warning(
+                "%s: these images come with a cache that holds something already (a later turn, or a prompt read in "
+                "chunks), and their tokens are not pruned",
+                self.name,
+            )
 
     def _later_mask(self, prefill: Prefill, mask: Any) -> Any:
         """The 2D mask of a later call, with the columns of the prompt's kept tokens in place of the prompt's."""
