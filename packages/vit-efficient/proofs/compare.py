@@ -466,7 +466,7 @@ def _line(axis: Any, points: list[Point], of: Callable[[Point], float]) -> None:
 
 
 def report(
-    folder: Path, out: Path, found: list[Unit], test: Canvases, recipe: Recipe, *, anew: bool, quick: bool
+    folder: Path, out: Path, found: list[Unit], test: Canvases, recipe: Recipe, *, anew: bool, rounds: int
 ) -> None:
     """Measures what was not measured yet; writes compare.json, compare.md, compare.png and token_maps.png."""
     if not (folder / "base.json").exists():
@@ -475,7 +475,7 @@ def report(
     saved = folder / "speed.json"
     speed = json.loads(saved.read_text()) if saved.exists() and not anew else {}
     if not {(u.way, u.share) for u in found} <= {(u.way, u.share) for u in found if u.name in speed}:
-        speed = measure_speed(folder, found, test, batch=4 if quick else 32, rounds=1 if quick else 7)
+        speed = measure_speed(folder, found, test, batch=32, rounds=rounds)
         write(saved, speed)
     points = gather(folder, found, speed, base)
     margins = {axis: above_front(points, "AS-ViT", of) for axis, of in (
@@ -513,6 +513,7 @@ def main(
         list[str] | None, typer.Option(help="Methods to run, by their names in WAYS; all without it.")
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure images a second anew.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of every model when images a second are measured.")] = 7,
     report_only: Annotated[bool, typer.Option(help="Train nothing, show what is there.")] = False,
     quick: Annotated[bool, typer.Option(help="Few canvases, one step, one share: does it run?")] = False,
 ) -> None:
@@ -541,7 +542,7 @@ def main(
     done = list(finished(work_folder, wanted))
     if not done:
         raise typer.BadParameter(f"no finished unit in {work_folder}: run without --report-only first")
-    report(work_folder, out, done, test, recipe, anew=measure, quick=quick)
+    report(work_folder, out, done, test, recipe, anew=measure, rounds=1 if quick else rounds)
 
 
 if __name__ == "__main__":

@@ -65,3 +65,7 @@ def test_architectures(script, tmp_path):
     log = report["logs"]
     architectures.main(**given)
     assert json.loads((tmp_path / "out/architectures.json").read_text())["logs"] == log, "trained again"
+
+
+def test_the_table_in_the_readme_is_the_one_that_was_computed():
+    assert (PROOFS / "results/compare.md").read_text() in (PROOFS.parent / "README.md").read_text()
