@@ -119,9 +119,15 @@ class Text:
     name: str
 
 
-def read_text(recipe: Recipe) -> Text:
-    """Documents of seven kinds, one in ten of them held out; the same for all seeds."""
-    documents = [each["text"].encode() for each in gather(recipe.documents, 0)]
+def read_text(recipe: Recipe, pool: Path) -> Text:
+    """Documents of seven kinds, one in ten of them held out, the same for all seeds; kept in the file `pool`.
+
+    Kept, since what is installed may change before a second start.
+    """
+    if not pool.exists():
+        pool.parent.mkdir(parents=True, exist_ok=True)
+        _write(pool, "".join(json.dumps(each) + "\n" for each in gather(recipe.documents, 0)))
+    documents = [json.loads(line)["text"].encode() for line in pool.read_text().splitlines()]
     held, train = b"\n".join(documents[::10]), b"\n".join(d for n, d in enumerate(documents) if n % 10)
     return Text(_bytes(train), _bytes(held), hashlib.sha256(train + held).hexdigest()[:16])
 
@@ -229,7 +235,7 @@ def _by_look(values: Sequence[float], size: int) -> list[float]:
 
 def prove(recipe: Recipe, text: Text, out: Path) -> dict[str, Any]:
     """Runs what is not there yet; writes JSON, table and picture each time one kind of rows is done."""
-    folder = out / ("loss_reweighting" if recipe != QUICK else "loss_reweighting_quick")
+    folder = _folder(recipe, out)
     folder.mkdir(parents=True, exist_ok=True)
     found_toy = toy(recipe.toy_seeds)
     arms: dict[str, dict[str, Any]] = {}
@@ -248,6 +254,10 @@ def prove(recipe: Recipe, text: Text, out: Path) -> dict[str, Any]:
             arms[pool] = {strategy: about(of, runs[BASELINE]) for strategy, of in runs.items()}
             result = _report(recipe, text, found_toy, arms, out)
     return result
+
+
+def _folder(recipe: Recipe, out: Path) -> Path:
+    return out / ("loss_reweighting_quick" if recipe == QUICK else "loss_reweighting")
 
 
 def _report(recipe: Recipe, text: Text, found_toy: Any, arms: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -388,7 +398,7 @@ def main(
 ) -> None:
     """Trains what is missing, then writes `loss_reweighting.json`, `.md` and `.png`."""
     recipe = QUICK if quick else Recipe(seeds=(seed, seed + 1, seed + 2), width=width, steps=steps)
-    prove(recipe, read_text(recipe), out)
+    prove(recipe, read_text(recipe, _folder(recipe, out) / "pool.jsonl"), out)
     typer.echo(out / "loss_reweighting.md")
 
 
