@@ -240,11 +240,16 @@ _USER = build_processor(size=SIZE, patch=PATCH).tokenizer.convert_tokens_to_ids(
 
 @dataclass(frozen=True)
 class Batch:
-    """Some questions, what the model was given, and which of its answers are right."""
+    """Some questions, what the model was given, and what it said."""
 
     questions: list[Question]
     inputs: dict[str, Tensor]
-    hits: list[bool]
+    said: list[str]
+
+    @property
+    def hits(self) -> list[bool]:
+        """Which answers are right."""
+        return [said == question.answer for said, question in zip(self.said, self.questions, strict=True)]
 
     @property
     def pairs(self) -> list[tuple[Question, bool]]:
@@ -274,8 +279,7 @@ def answer(
         inputs = encode(processor, questions, None if look == "none" else images)
         with torch.inference_mode():
             best = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
-        truth = processor.tokenizer.convert_tokens_to_ids([question.answer for question in questions])
-        yield Batch(list(questions), inputs, [b == t for b, t in zip(best.tolist(), truth, strict=True)])
+        yield Batch(list(questions), inputs, processor.tokenizer.convert_ids_to_tokens(best.tolist()))
 
 
 @torch.inference_mode()

@@ -414,20 +414,22 @@ def draw(out: Path, path: Path, *, seed: int) -> None:
     """Held-out scenes with one question of each kind and the model's answers, wrong ones in red."""
     model, processor = load_trained(out)
     examples = make_examples(6, seed=2 * 10**6 + seed, split="test", config=SceneConfig(size=SIZE))
-    hits = [hit for batch in answer(model, processor, examples) for hit in batch.hits]
-    figure = Figure(figsize=(13, 11), layout="constrained")
+    answers = [said for batch in answer(model, processor, examples) for said in batch.said]
+    figure = Figure(figsize=(13, 10.5))
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.86, hspace=0.42, wspace=0.1)
     for axes, start, (scene, questions) in zip(
-        figure.subplots(2, 3).flat, range(0, len(hits), len(KINDS)), examples, strict=True
+        figure.subplots(2, 3).flat, range(0, len(answers), len(KINDS)), examples, strict=True
     ):
         axes.imshow(scene.image)
         axes.set_axis_off()
-        for line, (question, hit) in enumerate(zip(questions, hits[start:], strict=False)):
-            text = f"{question.text}  {question.answer}" + ("" if hit else "  (model: wrong)")
+        for line, (question, said) in enumerate(zip(questions, answers[start:], strict=False)):
+            hit = said == question.answer
+            text = f"{question.text}  {said}" + ("" if hit else f"  (right: {question.answer})")
             axes.text(
                 0, 1.02 + 0.055 * (len(questions) - 1 - line), text, transform=axes.transAxes, fontsize=11,
                 color="black" if hit else "tab:red",
             )  # fmt: skip
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
 
 
 def _quick(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ import torch
 from vlm_prune.scenes import Question, build_processor, make_examples, prompt
 
 PROOFS = Path(__file__).resolve().parents[1] / "proofs"
-NAMES = ("shapes_vlm", "train_vlm")
+NAMES = ("shapes_vlm", "train_vlm", "sweep")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def proofs():
     yield shapes_vlm, train_vlm
     sys.path.remove(str(PROOFS))
     for name in NAMES:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,22 @@ def test_the_committed_model_sees(proofs):
     assert np.mean(blind) < 0.5
     size = sum(file.stat().st_size for file in shapes.CHECKPOINT.iterdir())
     assert size < 8e6
+
+
+@pytest.mark.skipif(not (PROOFS / "checkpoints" / "shapes_vlm").exists(), reason="the model was not trained yet")
+def test_the_sweep_runs_and_a_second_run_takes_what_is_there(proofs, tmp_path):
+    import sweep
+
+    sweep.main(out=tmp_path, checkpoint=proofs[0].CHECKPOINT, pictures=100, only="", quick=True)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]}
+    assert set(rows) == {"unpruned", "fastv", "fastv + debias", "random"}
+    assert all(len(row["hits"]) == 24 for row in rows.values())
+    assert rows["fastv"]["asked-about patches kept"] > 2 * rows["random"]["asked-about patches kept"]
+    unit = tmp_path / "sweep_units" / "random-0.25.json"
+    changed = json.loads(unit.read_text()) | {"hits": "0" * 24}
+    unit.write_text(json.dumps(changed))
+    sweep.main(out=tmp_path, checkpoint=proofs[0].CHECKPOINT, pictures=100, only="", quick=True)
+    assert "| random | 0.0 (0.0 to 13.8) |" in (tmp_path / "sweep.md").read_text()
+    unit.write_text(json.dumps(changed | {"hits": "0" * 12}))
+    with pytest.raises(ValueError, match="another number of pictures"):
+        sweep.main(out=tmp_path, checkpoint=proofs[0].CHECKPOINT, pictures=100, only="", quick=True)
