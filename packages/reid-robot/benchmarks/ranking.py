@@ -6,9 +6,10 @@ import numpy as np
 
 from reid_robot.ranking import Labels, Scores, evaluate_distances
 
-CLAIM = "Ranking by counting is several times as fast as the published loop over queries, with the same result."
+CLAIM = "Ranking by counting is at least 5 times as fast as the usual loop over queries, with the same result."
 SWEEP = {"queries": (100, 3_368)}
 BASELINE = "loop"
+TARGET = 5
 ROUNDS = 3
 DEVICES = ("cpu",)
 GALLERY = 15_913
