@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 
 from reid_robot.detection import HogDetector, read_boxes, write_boxes
-from reid_robot.following import Sighting, draw_sightings, read_frames
+from reid_robot.following import read_frames
 from reid_robot.network import ReidNet
 from reid_robot.onnx_export import TorchEmbedder
 from reid_robot.small import load_small
@@ -141,22 +141,6 @@ def draw_timeline(people: People, arms: dict[str, dict[int, list[tuple[int, np.n
     figure.savefig(out, dpi=120)
 
 
-def draw_frames(
-    frames: Sequence[np.ndarray], arms: dict[str, dict[int, list[tuple[int, np.ndarray]]]], out: Path
-) -> None:
-    """Moments before and after people were hidden or away, by both trackers."""
-    moments = [n for n in (20, 66, 130, 240) if n < len(frames)]
-    figure = Figure(figsize=(16, 3.6 * len(arms)), layout="constrained")
-    grid = np.atleast_2d(figure.subplots(len(arms), len(moments)))
-    for row, (name, tracks) in zip(grid, arms.items(), strict=True):
-        for axes, n in zip(row, moments, strict=True):
-            seen = [Sighting(n, number, None, tuple(box)) for number, box in tracks[n]]
-            axes.imshow(draw_sightings(frames[n], seen)[60:420])
-            axes.set_title(f"{name}, frame {n}", fontsize=10)
-            axes.axis("off")
-    figure.savefig(out, dpi=80)
-
-
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = ["| tracker | IDF1 | identity switches | MOTA |", "| --- | --- | --- | --- |"]
@@ -172,7 +156,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the untrained network's weights.")] = 0,
     quick: Annotated[bool, typer.Option(help="40 frames and no grid: does it run?")] = False,
 ) -> None:
-    """Tracks with and without appearance, and writes follow_vtest.json, .md and two pictures."""
+    """Tracks with and without appearance, and writes follow_vtest.json, .md and .png."""
     frames = list(read_frames(video, limit=40 if quick else FRAMES))
     people, found = read_people(), detections(frames, boxes)
     people = {n: people[n] for n in range(len(frames))}
@@ -200,7 +184,6 @@ def main(
         (out / f"follow_vtest.{name}.part").replace(out / f"follow_vtest.{name}")
     two = {name: arms[name] for name in ("overlap alone", "overlap and looks")}
     draw_timeline(people, two, out / "follow_vtest.png")
-    draw_frames(frames, two, out / "follow_vtest_frames.png")
     stderr.print(table(rows))
 
 
