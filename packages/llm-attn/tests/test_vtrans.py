@@ -305,6 +305,22 @@ def test_operations_are_those_of_the_shrunk_model():
         assert counted + neck == counter.get_total_flops()
 
 
+def test_operations_can_be_the_target():
+    for name, layout in (("bert", "stock"), ("llama", "ragged")):
+        model = build(name)
+        handle = apply_vtrans(model, VTransConfig(flops_of=9, layout=layout, layer_gates=False))
+        randomise(handle.gates)
+        structure = choose_structure(Scores.of(handle.gates), handle.size, 0.4)
+        whole = Structure.whole(model).counts
+        left = handle.size.flops(structure.counts, 9) / handle.size.flops(whole, 9)
+        assert 0.5 < left <= 0.6
+        handle.fix(structure)
+        assert handle.sparsity().item() == pytest.approx(1 - left, abs=1e-6)
+        assert left != pytest.approx(
+            1 - handle.size.parameters(structure.counts) / handle.size.parameters(whole), abs=1e-3
+        )
+
+
 def test_unweighted_gates_only_mask():
     model, handle, structure = gated("llama", weighted=False)
     masked = output(model)
@@ -865,6 +881,7 @@ def test_pictures(tmp_path):
 
 CONFIGS = {
     "slope": (VTransConfig, {"slope": 0.0}, "slope must be positive, got 0.0"),
+    "operations": (VTransConfig, {"flops_of": 0}, "flops_of is a number of tokens, at least 1, got 0"),
     "mode": (PruningConfig, {"mode": "fastest"}, "mode must be one of full, fast, faster, got 'fastest'"),
     "steps": (PruningConfig, {"steps": 0}, "steps must be positive, got 0"),
     "warm-up": (PruningConfig, {"warm_up": 2.0}, r"warm_up is a share of the steps and must lie in \[0, 1\], got 2.0"),

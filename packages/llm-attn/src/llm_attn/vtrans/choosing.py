@@ -51,7 +51,7 @@ class Scores:
 
 
 def choose_structure(scores: Scores, size: SizeModel, target_sparsity: float, *, multiple_of: int = 1) -> Structure:
-    """The structure with the largest number of parameters that is within (1 - target_sparsity) of the whole model's.
+    """The structure with the most parameters (or operations) that is within (1 - target_sparsity) of the whole model's.
 
     multiple_of: to which the hidden and feed-forward widths are rounded. ValueError where no structure is small enough,
     with the sparsity that can be had.
@@ -79,14 +79,14 @@ def choose_structure(scores: Scores, size: SizeModel, target_sparsity: float, *,
 def _filled(structure: Structure, scores: Scores, size: SizeModel, budget: float) -> Structure:
     """With as many more feed-forward units, smallest scores first, as the budget still holds."""
     kept = [set(units) for units in structure.inter]
-    left = size.parameters(structure.counts)
+    left = size.cost(structure.counts)
     waiting = sorted(
         (score, layer, unit)
         for layer in structure.layers
         for unit, score in enumerate(scores.inter[layer].tolist())
         if unit not in kept[layer]
     )
-    cost = size.parameters(_one_more(structure.counts, structure.layers[0])) - left
+    cost = size.cost(_one_more(structure.counts, structure.layers[0])) - left
     for _, layer, unit in waiting[: int((budget - left) // cost)]:
         kept[layer].add(unit)
     return replace(structure, inter=tuple(tuple(sorted(units)) for units in kept))
@@ -131,7 +131,7 @@ def _at(scores: Scores, size: SizeModel, threshold: float, multiple_of: int, bud
     if size.layout == "stock":
         return _even(scores, size, layers, (hidden, heads, inter), multiple_of, budget)
     structure = pick(scores, layers=layers, hidden=hidden, heads=heads, inter=inter)
-    return structure if size.parameters(structure.counts) <= budget else None
+    return structure if size.cost(structure.counts) <= budget else None
 
 
 def _even(
@@ -153,12 +153,12 @@ def _even(
             continue
         each = width // size.anatomy.head_dim if size.anatomy.family.square_attention else count
         filled = _largest(scores, size, layers, width, each, multiple_of, budget)
-        left = size.parameters(_counts(scores, layers, width, each, filled))
+        left = size.cost(_counts(scores, layers, width, each, filled))
         if filled and left <= budget:
             away = abs(width / hidden - 1) + abs(filled / mean - 1) + (1 - left / budget)
             options.append((away, width, each, filled))
     # at this threshold the wanted sizes must fit, or a larger threshold would be no larger model
-    fits = size.parameters(_counts(scores, layers, hidden, count, round(mean))) <= budget
+    fits = size.cost(_counts(scores, layers, hidden, count, round(mean))) <= budget
     if not options or not fits:
         return None
     _, width, each, filled = min(options)
@@ -170,8 +170,8 @@ def _largest(
     scores: Scores, size: SizeModel, layers: Sequence[int], hidden: int, heads: int, multiple_of: int, budget: float
 ) -> int:
     """The widest feed-forward part within the budget, 0 where none is."""
-    empty = size.parameters(_counts(scores, layers, hidden, heads, 0))
-    one = size.parameters(_counts(scores, layers, hidden, heads, 1)) - empty
+    empty = size.cost(_counts(scores, layers, hidden, heads, 0))
+    one = size.cost(_counts(scores, layers, hidden, heads, 1)) - empty
     widest = min(len(scores.inter[0]), math.floor((budget - empty) / one))
     return max(0, widest // multiple_of * multiple_of)
 

@@ -48,12 +48,16 @@ class VTransConfig:
     """"stock": what the host's own class can load (layers alike); "ragged": every layer has its own sizes."""
     count_embeddings: bool | None = None
     """Whether embeddings and output head count as parameters; None: for BERT and GPT-2, not for Llama and its like."""
+    flops_of: int | None = None
+    """Counts the operations of one pass over so many tokens in place of parameters."""
     seed: int = 0
     """Of the gates' start and of their noise."""
 
     def __post_init__(self) -> None:
         if not self.slope > 0:
             raise ValueError(f"slope must be positive, got {self.slope}")
+        if self.flops_of is not None and self.flops_of < 1:
+            raise ValueError(f"flops_of is a number of tokens, at least 1, got {self.flops_of}")
 
 
 class Gates(nn.Module):
@@ -160,7 +164,7 @@ def apply_vtrans(model: nn.Module, config: VTransConfig | None = None) -> VTrans
         raise ValueError("this model has VTrans gates already; remove() the handle that put them there")
     weight = host.get_input_embeddings().weight
     gates = Gates(anatomy, config, weight.device)
-    size = SizeModel(host, count_embeddings=config.count_embeddings, layout=config.layout)
+    size = SizeModel(host, count_embeddings=config.count_embeddings, layout=config.layout, flops_of=config.flops_of)
     handle = VTransHandle(NAME, host, config, tuple(range(len(anatomy.layers))), gates=gates, size=size)
     for hook in _hooks(anatomy, gates):
         handle.on_remove(hook.remove)

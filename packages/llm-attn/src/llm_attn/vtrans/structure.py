@@ -108,22 +108,30 @@ class SizeModel:
 
     count_embeddings: whether embeddings and output head count (None: the family's habit). layout: "ragged" lets every
     layer have its own number of heads and feed-forward units; "stock" counts what the stock class of BERT and GPT-2
-    needs, whose context is as wide as the residual stream.
+    needs, whose context is as wide as the residual stream. flops_of: a number of tokens makes `cost`, and with it
+    sparsity, count the operations of one pass over so many; None: parameters.
     """
 
-    def __init__(self, model: nn.Module, *, count_embeddings: bool | None = None, layout: Layout = "stock") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        count_embeddings: bool | None = None,
+        layout: Layout = "stock",
+        flops_of: int | None = None,
+    ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         self.anatomy = anatomy = Anatomy(model)
         family = anatomy.family
-        self.layout = layout
+        self.layout, self.flops_of = layout, flops_of
         self.count_embeddings = family.count_embeddings if count_embeddings is None else count_embeddings
         self._weights = [
             (anatomy.axes(name), anatomy.layer_of(name), tuple(parameter.shape), anatomy.is_embedding(name))
             for name, parameter in model.named_parameters()
         ]
         self._vocabulary_product = any(name.endswith("lm_head.weight") for name in model.state_dict())
-        self.total = int(self.parameters(self._whole()))
+        self.total = int(self.cost(self._whole()))
 
     def _whole(self) -> Counts:
         a, layers = self.anatomy, len(self.anatomy.layers)
@@ -142,9 +150,13 @@ class SizeModel:
             left = left + (size if layer is None else size * counts.layers[layer])
         return left
 
+    def cost(self, counts: Counts) -> Count:
+        """What is left of that which is counted: parameters, or operations."""
+        return self.parameters(counts) if self.flops_of is None else self.flops(counts, self.flops_of)
+
     def sparsity(self, counts: Counts) -> Count:
-        """1 - parameters left / parameters of the whole model."""
-        return 1 - self.parameters(counts) / self.total
+        """1 - cost left / cost of the whole model."""
+        return 1 - self.cost(counts) / self.total
 
     def flops(self, counts: Counts, tokens: int) -> Count:
         """Operations of one pass over one text of `tokens` tokens (a multiplication and an addition are two)."""

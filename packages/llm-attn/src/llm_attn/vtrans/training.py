@@ -138,8 +138,9 @@ class VTransTrainer:
     second trainer with it goes on where the first stopped. on_step: called with the number of steps done and a
     dictionary of figures.
 
-    In the modes "full" and "fast" the model's own weights change. Texts are padded with the model's `pad_token_id`, or
-    with 0 where it has none; padding is masked. ValueError on a target that cannot be met.
+    In the modes "full" and "fast" the model's own weights change; "faster" freezes them (`requires_grad`). Texts are
+    padded with the model's `pad_token_id`, or with 0 where it has none; padding is masked. ValueError on a target that
+    cannot be met.
     """
 
     def __init__(
