@@ -48,13 +48,13 @@ def test_the_demonstration_searches_a_shelf(demo: tuple[Path, str]) -> None:
     out, printed = demo
     table = pd.read_csv(out / "scanpaths.csv")
     assert table["subject"].nunique() == 40
-    assert set(table["target"]) == {17}
+    assert set(table["target"]) == {14}
     last = table.groupby("subject")["object"].last()
-    assert (last == 17).mean() > 0.6  # chance that a path ends there: 1 in 27
-    assert f"{(last == 17).mean():.0%} end on the target" in printed
+    assert (last == 14).mean() > 0.6  # chance that a path ends there: 1 in 27
+    assert f"{(last == 14).mean():.0%} end on the target" in printed
     lengths = table.groupby("subject").size()
     assert 2 < lengths.mean() < 25
-    assert "17 (target)" in printed
+    assert "14 (target)" in printed
     boxes = np.array(json.loads((out / "boxes.json").read_text())["boxes"])
     assert boxes.shape == (27, 4)
     np.testing.assert_allclose(table["x"], boxes[table["object"], ::2].mean(1))
@@ -71,7 +71,7 @@ def test_the_picture_and_the_film_show_the_typical_path(demo: tuple[Path, str]) 
     drawn, shelf = Image.open(out / "scanpath.png").convert("RGB"), Image.open(out / "shelf.png")
     assert drawn.width / drawn.height == pytest.approx(shelf.width / shelf.height, rel=0.01)
     scale = drawn.width / shelf.width
-    x0, y0, *_ = (round(edge * scale) for edge in json.loads((out / "boxes.json").read_text())["boxes"][17])
+    x0, y0, *_ = (round(edge * scale) for edge in json.loads((out / "boxes.json").read_text())["boxes"][14])
     assert drawn.getpixel((x0 + 1, y0 + 5)) == (214, 39, 40)  # the target's frame
 
 
@@ -81,7 +81,7 @@ def test_boxes_and_a_model_of_ones_own(demo: tuple[Path, str], module: ModuleTyp
     boxes = json.loads((out / "boxes.json").read_text())["boxes"]
     lines = ["label,x0,y0,x1,y1", *("p," + ",".join(map(str, box)) for box in boxes)]
     (tmp_path / "boxes.csv").write_text("\n".join(lines))
-    common = [str(out / "shelf.png"), "--target", "17", "--samples", "40", "--out"]
+    common = [str(out / "shelf.png"), "--target", "14", "--samples", "40", "--out"]
     called = CliRunner().invoke(module.app, [*common, str(tmp_path / "a"), "--boxes", str(tmp_path / "boxes.csv")])
     assert called.exit_code == 0, called.output
     assert (tmp_path / "a/scanpaths.csv").read_text() == (out / "scanpaths.csv").read_text()

@@ -63,9 +63,11 @@ def main(
     model = OATModel(MODEL)
     trainer = OATTrainer(model, training, watched, settings, folder=work, on_epoch=stderr.print)
     reports = trainer.run()
+    # the schedule ends at 0, and which epoch is best on so few watched searches is luck: the last one is kept
+    model.load_state_dict(torch.load(work / "last.pt", weights_only=True)["model"])
     model.save(out)
     chance = np.concatenate([np.full(len(t.path) + 1, np.log(len(t.layout) + 1)) for t in watched]).mean()
-    report = {"validation NLL": reports[-1].best, "NLL of chance": float(chance), "epochs": len(reports), "seed": seed,
+    report = {"validation NLL": reports[-1].score, "NLL of chance": float(chance), "epochs": len(reports), "seed": seed,
               "training": asdict(settings), "torch": torch.__version__}  # fmt: skip
     write_text(out / "run.json", json.dumps(report, indent=1) + "\n")
     stderr.print(report)
