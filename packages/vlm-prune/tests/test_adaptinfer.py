@@ -164,13 +164,15 @@ def test_budget_none_and_views():
         assert [int((kept < 20).sum()), int((kept >= 20).sum())] == [4, 3]
 
 
-def test_text_is_what_stands_behind_the_image():
-    """Without any, the last token guides if it is text; what is in front never does."""
+def test_a_prompt_that_ends_with_its_image_keeps_all_of_it(caplog):
+    """No text guides there; a prompt beside it is pruned as alone."""
     model = shared_model("llava")
-    inputs = prompt("llava", Asked(behind=0))
-    with vp.prune(model, vp.AdaptInferConfig(keep=0.4)) as handle:
-        model(**inputs)
-        assert len(handle.report.kept[0][0]) > 0
+    inputs = prompt("llava", Asked(before=10, behind=0), LONG)
+    for by_view in (False, True):
+        with vp.prune(model, vp.AdaptInferConfig(counts=(5, 4, 3), layers=(0, 1, 3), by_view=by_view)) as handle:
+            model(**inputs)
+            assert [[len(k) for k in found] for found in handle.report.kept.values()] == [[16, 5], [16, 4], [16, 3]]
+        assert "no text guides" in caplog.text
 
 
 def test_change_points():

@@ -7,13 +7,14 @@ three layers the tokens with the highest scores stay. Only the rows of the text 
 
 Decided here: tokens keep their positions (the published Qwen2-VL code does, its LLaVA code renumbers them, which breaks
 generate()). All visual tokens of a sample compete, or each view gets its part (`by_view`). Text is what stands behind
-the last visual token; without any, the prompt's last token guides. At least one token stays unless `min_kept` is 0.
-lam mixes with a flat prior, whose level is the sample's mean of the symmetrised M (the code's: of the batch). Layers
-are the published 1, 10, 20 of 32 at the same depth; for a new model `find_shift` derives them.
+the last visual token; a prompt that ends with an image has none, and keeps all its tokens. At least one token stays
+unless `min_kept` is 0. lam mixes with a flat prior, whose level is the sample's mean of the symmetrised M (the code's:
+of the batch). Layers are the published 1, 10, 20 of 32 at the same depth; for a new model `find_shift` derives them.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -28,6 +29,7 @@ from vlm_prune.layer_attention import padded_index
 from vlm_prune.stages import Counts, Stage, check_keep, of_those_left, scaled_layers, scheduled
 from vlm_prune.subsets import token_sets
 
+_LOG = logging.getLogger(__name__)
 PUBLISHED_LAYERS, PUBLISHED_DEPTH, DECAY = (1, 10, 20), 32, 0.25
 
 Prior = Literal["dynamic", "none"]
@@ -133,7 +135,7 @@ class AdaptInferConfig:
         criterion = Criterion(
             name=self.name,
             score=partial(_score, lam=self.lam, prior=self.prior),
-            select=_best_by_view if self.by_view else best_scores,
+            select=partial(_select, by_view=self.by_view),
             needs=frozenset({"attention"}),
             attends=True,
         )
@@ -181,6 +183,17 @@ def _score(context: Context, *, lam: float, prior: Prior) -> Float[Tensor, "B n"
         return total
     level = level / (attention.num_heads * present.sum(1, keepdim=True).clamp(min=1))
     return lam * total + (1 - lam) * level * flat
+
+
+def _select(context: Context, scores: Float[Tensor, "B n"], *, by_view: bool) -> Selection:
+    unguided = ~context.text.any(1)
+    if bool(unguided.any()):
+        _LOG.warning(
+            "prompts %s end with an image: no text guides, and all their tokens stay", unguided.nonzero()[:, 0]
+        )
+        everything = context.visual.sum(1)
+        context = replace(context, num_kept=torch.where(unguided, everything, context.num_kept))
+    return _best_by_view(context, scores) if by_view else best_scores(context, scores)
 
 
 def _best_by_view(context: Context, scores: Float[Tensor, "B n"]) -> Selection:
