@@ -133,17 +133,17 @@ def test_refused_videos(tmp_path, embed):
 @pytest.mark.real
 @pytest.mark.skipif(not STREET.exists(), reason="OpenCV's vtest.avi lies in shared data beside the checkout")
 def test_looks_keep_identities_in_a_real_street(embed):
-    """The first 120 frames: three people cross at a sign and one goes behind it."""
+    """240 frames: people cross at a sign, go behind it, leave and come back."""
     spec = importlib.util.spec_from_file_location("follow_vtest", PACKAGE / "proofs" / "follow_vtest.py")
     sys.modules["follow_vtest"] = proof = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(proof)
-    frames = list(read_frames(STREET, limit=120))
+    frames = list(read_frames(STREET, limit=240))
     people, found = proof.read_people(), proof.detections(frames, PACKAGE / "proofs" / "vtest_boxes.csv")
     looks = proof.embeddings(frames, found, load_small())
     alone = proof.measure(people, proof.run(found, None, TrackerConfig()))
     ours = proof.measure(people, proof.run(found, looks, TrackerConfig()))
-    assert ours["idf1"] > alone["idf1"] + 0.03
-    assert ours["num_switches"] < alone["num_switches"]
+    assert ours["idf1"] > alone["idf1"] + 0.08
+    assert ours["num_switches"] < 0.6 * alone["num_switches"]
     boxes, _ = HogDetector()(frames[100])
     assert np.abs(boxes - found[100]).max() < 0.1, "the committed boxes are this detector's"
     assert cv2.VideoCapture(str(STREET)).get(cv2.CAP_PROP_FRAME_COUNT) == 795
