@@ -92,6 +92,7 @@ class Recipe:
     held_out: int = 96
     layers_loss: float = 0.5
     logits_loss: float = 0.01
+    layer_gates: bool = False
 
 
 RECIPES = {
@@ -117,10 +118,14 @@ def main(
     finetune_steps: Annotated[int | None, typer.Option(help="Other than the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Other than the recipe's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Other than the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of fine-tuning, other than the recipe's.")] = None,
+    mode: Annotated[str | None, typer.Option(help="full, fast or faster, other than the recipe's.")] = None,
+    layer_gates: Annotated[bool, typer.Option("--layer-gates", help="Let VTrans drop whole layers.")] = False,
 ) -> None:
     """Three methods at three sizes, each kept as it comes."""
     given = {"kept": tuple(keep) if keep else None, "gate_steps": gate_steps, "finetune_steps": finetune_steps}
-    given |= {"batch": batch, "tokens": tokens}
+    given |= {"batch": batch, "tokens": tokens, "learning_rate": learning_rate, "mode": mode}
+    given |= {"layer_gates": layer_gates or None}
     recipe = replace(RECIPES[which], **(QUICK if quick else {k: v for k, v in given.items() if v is not None}))
     work = (work or out / f"vtrans_work{'_quick' if quick else ''}") / which.value
     out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +237,7 @@ class Proof:
                 check_every=50,
                 seed=self.seed,
             ),
-            gates=VTransConfig(layer_gates=False, count_embeddings=True, seed=self.seed),
+            gates=VTransConfig(layer_gates=r.layer_gates, count_embeddings=True, seed=self.seed),
             held_out=self.held_out,
             teacher=self.original,
             objective=self._objective(),

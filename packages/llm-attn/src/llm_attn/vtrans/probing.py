@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from llm_attn.transformers.door import base_model
@@ -104,6 +105,7 @@ def draw_attention(
             image = axes[row][column].imshow(probes[name][what], vmin=0, vmax=high, cmap="viridis", aspect="auto")
             axes[row][column].set_title(f"{name}: {what}", fontsize=9)
             axes[row][column].set(xlabel="head", ylabel="layer")
+            axes[row][column].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=[axes[row][column] for row in range(len(names))], shrink=0.8)
     if structure is not None:
         _frame(axes[0], structure, 1 if model is None else Anatomy(model).group)
