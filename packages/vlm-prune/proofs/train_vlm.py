@@ -6,12 +6,11 @@ From scratch, on the scenes of `vlm_prune.scenes`, in the stages of `STAGES`:
 
 1. the tower alone learns what each patch shows (features of the layer before the last, as LLaVA reads them) and, by its
    class token, what the picture shows; on crowded scenes first, since nine digits a picture teach more than five;
-2. alignment, LLaVA's first stage: the projector learns to say of each visual token the words
-   of its colour, shape, number and place;
-3. the language model learns to answer, the tower at rest and its features kept for a pool of scenes. At first it sees
-   few visual tokens, those of things among them, then more and more, at last all: it learns to look things up among 32
-   tokens much sooner than among 256. A side effect is welcome: as large models do, it can do without some tokens;
-4. everything together, on all tokens.
+2. alignment, LLaVA's first stage: the projector learns to say of each visual token the words of its colour, shape,
+   number and place;
+3. the language model learns to answer, the tower at rest and its features kept for a pool of 800 scenes. At first it
+   sees few visual tokens, those of things among them, then more and more, at last all: it learns to look things up
+   among 32 tokens much sooner than among 256. A side effect is welcome: as large models do, it can do without some.
 
 Decided here: matrices inside the layers are trained by Muon, all else by AdamW; the loss is on answers only, many
 questions to a picture (`shapes_vlm.packed_logits`); tower and language model run in bfloat16, their weights and their
@@ -122,9 +121,6 @@ STAGES = (
     Stage(
         name="answers", steps=200, batch=8, lr=1.2e-3, task="answers", trains=LANGUAGE, visible=(64, 256), pool=800,
         warmup=10,
-    ),
-    Stage(
-        name="whole", steps=400, batch=8, lr=8e-4, task="answers", trains=(*LANGUAGE, "vision_tower"), warmup=30,
     ),
 )  # fmt: skip
 
