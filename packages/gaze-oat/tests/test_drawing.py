@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from gaze_oat import Layout, ScanpathProblem, draw_scanpath, plot_paths, save_gif, save_png
+from gaze_oat.drawing import _slots
 
 GRID = Layout.grid(2, 3, width=60, height=40)
 
@@ -22,6 +23,15 @@ def test_fixations_are_where_their_objects_are() -> None:
     assert np.abs(both - empty)[:190, 420:].sum() == 0  # nothing drawn over object 2
     framed = np.array(draw_scanpath(None, GRID, [0], target=4, longest_side=600).convert("RGB"))
     assert framed[201, 300].tolist() == [214, 39, 40]
+
+
+def test_numbers_on_one_object_do_not_cover_each_other() -> None:
+    places = _slots(GRID, np.array([4, 4, 0, 4]))
+    assert places[0].tolist() == GRID.centres[4].tolist()
+    assert places[2].tolist() == GRID.centres[0].tolist()
+    assert np.hypot(*(places[1] - places[0])) > 5
+    assert np.hypot(*(places[3] - places[1])) > 10
+    assert GRID.object_at(places).tolist() == [4, 4, 0, 4]
 
 
 def test_the_picture_is_underneath(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def draw_scanpath(
             draw.rectangle(box.tolist(), outline=(190, 190, 190), width=1)
     if target is not None:
         draw.rectangle((layout.boxes[target] * scale).tolist(), outline=_TARGET, width=max(3, longest_side // 300))
-    points = _spread(layout, np.asarray(path, int)) * scale
+    points = _slots(layout, np.asarray(path, int)) * scale
     width = max(2, longest_side // 400)
     colours = [_colour(number, len(points)) for number in range(len(points))]
     for here, there, colour in zip(points[:-1], points[1:], colours[1:], strict=True):
@@ -121,10 +121,23 @@ def _colour(number: int, count: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _spread(layout: Layout, path: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Centres, moved a little inside their boxes, so that fixations on one object do not cover each other."""
+def _slots(layout: Layout, path: np.ndarray) -> np.ndarray:
+    """Centres at the first look at an object, then places around it, so that no number covers another."""
+    _check(layout, path)
+    looks = np.array([np.count_nonzero(path[:step] == number) for step, number in enumerate(path)])
+    around = np.array([[0, 0], [-1, -1], [1, 1], [1, -1], [-1, 1], [0, -1.2], [0, 1.2]]) * 0.26
+    size = (layout.boxes[:, 2:] - layout.boxes[:, :2])[path]
+    return layout.centres[path] + around[looks % len(around)] * size
+
+
+def _check(layout: Layout, path: np.ndarray) -> None:
     if len(path) == 0 or path.min() < 0 or path.max() >= len(layout):
         raise ScanpathProblem(f"a path to draw needs objects 0 to {len(layout) - 1} and at least one")
+
+
+def _spread(layout: Layout, path: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Centres, moved a little inside their boxes, so that fixations on one object do not cover each other."""
+    _check(layout, path)
     size = (layout.boxes[:, 2:] - layout.boxes[:, :2])[path]
     moved = np.random.default_rng(seed).uniform(-0.28, 0.28, (len(path), 2))
     return layout.centres[path] + moved * size
