@@ -114,7 +114,7 @@ def test_importing_changes_nothing_outside():
     """Torch's global switches and the environment are as they were; what hosts do when imported is theirs."""
     modules = [p.name.replace("-", "_") for p in PACKAGES]
     code = f"""
-import os, torch, timm, transformers
+import os, torch, cv2, diffusers, timm, transformers
 import torch._inductor.config  # a part of transformers imports it late, and it writes a variable
 def switches():
     return (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
