@@ -30,12 +30,14 @@ def proofs():
 
 @pytest.fixture(scope="module")
 def loud_model(proofs):
-    """Untrained, its language model with large weights, so that answers depend on what is seen."""
+    """Untrained, its layers writing much into the stream, so that answers depend on what is seen."""
     model = proofs[0].build_model(0).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "language_model" in name and parameter.ndim == 2:
-                parameter.mul_(4)
+            if "language_model" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(10)
+            if "multi_modal_projector" in name and parameter.ndim == 2:
+                parameter.mul_(10)
     return model
 
 
