@@ -363,11 +363,8 @@ def _ask_shape(things: Sequence[Thing], rng: np.random.Generator) -> Question:
 
 def _ask_count(things: Sequence[Thing], rng: np.random.Generator) -> Question:
     trait = ("color", "shape")[int(rng.integers(2))]
-    values, counts = (tuple(COLORS) if trait == "color" else SHAPES), dict.fromkeys(range(4), ())
-    for value in values:
-        number = sum(getattr(thing, trait) == value for thing in things)
-        counts[number] = (*counts[number], value)
-    repeats = 3 if counts[3] else 2
+    values = [getattr(thing, trait) for thing in things]
+    repeats = max(values.count(value) for value in values)
     answer = (0, 1, 2, 3)[int(rng.integers(4))]
     if answer in (2, 3) and answer != repeats:  # the other trait repeats as often as wanted
         return _ask_count_of(things, "shape" if trait == "color" else "color", answer, rng)
