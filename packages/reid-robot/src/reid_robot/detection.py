@@ -67,7 +67,7 @@ class HogDetector:
         if size[0] < 64 or size[1] < 128:
             return np.zeros((0, 4)), np.zeros(0)  # no window fits
         enlarged = cv2.resize(frame[..., ::-1], size)
-        windows, scores = self._hog.detectMultiScale(
+        windows, found = self._hog.detectMultiScale(
             enlarged,
             0.0,
             (config.stride,) * 2,
@@ -75,7 +75,7 @@ class HogDetector:
             config.scale,
             0.0,  # ungrouped: that is done below
         )
-        scores = np.ravel(np.asarray(scores, dtype=np.float64))
+        scores = np.ravel(np.asarray(found, dtype=np.float64))
         if not len(scores):
             return np.zeros((0, 4)), np.zeros(0)
         x, y, w, h = (np.asarray(windows, dtype=np.float64) / config.enlarge).T

@@ -59,6 +59,8 @@ def _belong_together(convolution: nn.Module | None, norm: nn.Module) -> bool:
 def _fold(convolution: nn.Module | None, norm: nn.Module) -> None:
     if not (isinstance(convolution, nn.Conv1d | nn.Conv2d) and isinstance(norm, _BatchNorm)):
         raise TypeError(f"only convolutions and BatchNorms fold, got {type(convolution)} and {type(norm)}")
+    if norm.running_mean is None or norm.running_var is None:
+        raise TypeError("a BatchNorm that keeps no running statistics cannot be folded")
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

@@ -79,7 +79,8 @@ class CBAM(nn.Module):
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds for one crop: the MLP twice, and the convolution."""
-        return 2 * sum(layer.weight.numel() for layer in (self.mlp[0], self.mlp[2])) + 98 * height * width
+        of_mlp = sum(layer.weight.numel() for layer in self.mlp if isinstance(layer, nn.Linear))
+        return 2 * of_mlp + 98 * height * width
 
 
 class NonLocal(nn.Module):

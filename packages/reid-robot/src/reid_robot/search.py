@@ -139,7 +139,8 @@ def successive_halving(
         found = [Evaluation(c, *evaluate(c, epochs)) for c in alive]
         if len(alive) <= 2:
             return found
-        wanted, layers, rest = max(1, math.floor(keep * len(alive))), [], list(found)
+        wanted, rest = max(1, math.floor(keep * len(alive))), list(found)
+        layers: list[Evaluation] = []
         while len(layers) < wanted:
             front = pareto_front(rest)
             layers += front

@@ -65,7 +65,7 @@ class AttentionConfig:
             raise ValueError(f"input_size must be (height, width) in pixels, got {self.input_size}")
 
 
-def stages(model: nn.Module) -> list[list[nn.Module]]:
+def stages(model: Any) -> list[list[nn.Module]]:
     """The residual blocks of each stage. TypeError for networks that are not supported."""
     if all(hasattr(model, f"layer{n}") for n in range(1, 5)):
         return [list(getattr(model, f"layer{n}")) for n in range(1, 5)]
@@ -129,11 +129,11 @@ def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, known)}
 
 
-def _gate_output(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+def _gate_output(module: Any, _: Any, output: Tensor) -> Tensor:
     return module.reid_attention(output)
 
 
-def _put(host: nn.Module, block: nn.Module, site: Site, handle: Handle) -> None:
+def _put(host: Any, block: nn.Module, site: Site, handle: Handle) -> None:
     if site.place == "out" or not getattr(host, "has_skip", True):  # without an addition the branch's end is the end
         host.reid_attention = block
         hook = host.register_forward_hook(_gate_output)

@@ -101,7 +101,7 @@ class Tracker:
         boxes = check_boxes(boxes)
         looks = self._looks(boxes, frame)
         owner: list[Track | None] = [None] * len(boxes)
-        hidden = (overlaps(boxes, boxes) - np.eye(len(boxes)) > _HIDDEN).any(1) if len(boxes) else np.zeros(0, bool)
+        hidden = [bool((row > _HIDDEN).any()) for row in overlaps(boxes, boxes) - np.eye(len(boxes))]
         clear = [
             None if hidden[i] else look for i, look in enumerate(looks)
         ]  # of two people in one crop nothing is learned
