@@ -198,6 +198,11 @@ def test_tables_say_what_was_measured(tmp_path):
         bench.fill(readme, devices[1:])
     assert left.value.exit_code == 2
     assert "23.8x" in readme.read_text()
+    readme.write_text("<!-- bench:adding -->\n<!-- /bench -->\n")
+    assert bench.fill(readme, devices[1:])
+    assert readme.read_text().splitlines()[1] == "Not measured yet: `uv run tools/bench.py --only a-package/adding`"
+    assert bench.fill(readme, devices)
+    assert "23.8x" in readme.read_text()
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,17 @@ def tables() -> None:
 
 
 def fill(readme: Path, devices: list[dict[str, Any]]) -> bool:
-    """Replace what stands between the marks of one README; True if that changed it."""
+    """Replace what stands between the marks of one README; True if that changed it.
+
+    A place without a table says that nothing was measured yet; a table is not thrown away for want of its figures.
+    """
     before = readme.read_text()
 
     def table(match: re.Match[str]) -> str:
         name = match[2] if "/" in match[2] else f"{readme.parent.name}/{match[2]}"
         found = [(d["device"], d["claims"][name]) for d in devices if name in d.get("claims", {})]
+        if not found and "|" not in match[0]:
+            return f"{match[1]}Not measured yet: `uv run tools/bench.py --only {name}`\n{match[3]}"
         if not found:
             stderr.print(f"{readme}: nothing was measured for '{name}'; run tools/bench.py --only {name}", style="red")
             raise typer.Exit(code=2)
@@ -110,7 +115,7 @@ def markdown(name: str, device: str, entry: Mapping[str, Any]) -> str:
     rows = [head, ["---"] * len(head)]
     for point in points:
         row = [claims.shown(value) for value in point["point"].values()]
-        row += [claims.duration(point["seconds"][rival]) for rival in rivals] + [f"{point['ratio']:.1f}x"]
+        row += [claims.duration(point["seconds"][rival]) for rival in rivals] + [f"{point['ratio']:.3g}x"]
         if aimed:
             row.append(f"{point['target']:.3g}x" if "target" in point else "")
         if "rate" in point:
