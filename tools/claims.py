@@ -191,8 +191,10 @@ def _targets(module: ModuleType, point: Mapping[str, Any], result: Mapping[str, 
 
 
 def rate_shown(per_second: float) -> str:
-    """With three digits: 328 million, 45.9."""
-    return f"{per_second / 1e6:,.0f} million" if per_second >= 1e6 else f"{per_second:,.3g}"
+    """With three digits: 328 million, 61,700, 45.9."""
+    if per_second >= 1e6:
+        return f"{per_second / 1e6:,.0f} million"
+    return f"{float(f'{per_second:.3g}'):,.0f}" if per_second >= 1e3 else f"{per_second:.3g}"
 
 
 def _take_turns(
