@@ -194,7 +194,7 @@ def rate_shown(per_second: float) -> str:
     """With three digits: 328 million, 61,700, 45.9."""
     if per_second >= 1e6:
         return f"{per_second / 1e6:,.0f} million"
-    return f"{float(f'{per_second:.3g}'):,.0f}" if per_second >= 1e3 else f"{per_second:.3g}"
+    return f"{float(f'{per_second:.3g}'):,.0f}" if per_second >= 999.5 else f"{per_second:.3g}"
 
 
 def _take_turns(
