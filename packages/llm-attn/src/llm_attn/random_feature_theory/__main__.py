@@ -52,7 +52,7 @@ Figures are PNG with their numbers beside them as CSV; claims.md says which clai
 drawn from the same runs. Five seeds take about ten minutes of one core, and three with --largest 2048.
 
   python -m llm_attn.random_feature_theory reproduce --figure e1 --out results
-  python -m llm_attn.random_feature_theory reproduce --quick --out /tmp/look     seconds; only shows that all runs
+  python -m llm_attn.random_feature_theory reproduce --quick --out look          seconds; only shows that all runs
 """
 BOUNDS = """\
 Prints how the paper's bounds scale for a target, with every constant set to 1 and without logarithms: compare rows with
