@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -23,7 +25,9 @@ SMALL = "--steps 60 --finetune-steps 3 --batch 4 --tokens 16 --multiple-of 1"
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(APP), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: sums depend on how they are divided
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=os.environ | threads)
 
 
 @pytest.fixture(scope="module")
