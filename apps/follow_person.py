@@ -64,22 +64,24 @@ def main(
 ) -> None:
     """Find people in a video, follow them, and recognise them after they were hidden or away.
 
-    [bold]followed.avi[/bold] shows a box and a number for each person, a name for those who are enrolled;
-    [bold]sightings.csv[/bold] has the same as a table. A person who is lost (behind a pillar, out of the picture) and
-    comes back gets the old number, by looks: a small network turns each box into 128 numbers that are alike for one
-    person. It was trained on generated people only; with --model use one trained on pictures like yours.
+    [bold]followed.avi[/bold] shows a box and a number for each person, a name for those
+    who are enrolled; [bold]sightings.csv[/bold] has the same as a table. A person who is
+    lost (behind a pillar, out of the picture) and comes back gets the old
+    number, by looks: a small network turns each box into 128 numbers that are
+    alike for one person. It was trained on generated people only; with --model
+    use one trained on pictures like yours.
 
-    Examples, all after [bold]uv run apps/follow_person.py[/bold]:
+    A generated film, to see what comes out:
+      uv run apps/follow_person.py
 
-    (nothing)                                         a generated film, to see what comes out
+    OpenCV's HOG detector (slow, upright people only), or any detector's boxes:
+      uv run apps/follow_person.py street.avi --out street
+      uv run apps/follow_person.py street.avi --boxes yolo.csv
 
-    street.avi --out street                           OpenCV's HOG detector; slow, upright people only
-
-    street.avi --boxes yolo.csv                       boxes of any detector: much faster, any pose
-
-    hall.mp4 --enrol anna=anna.png --save-gallery known.safetensors     anna is called by her name, others are kept too
-
-    later.mp4 --gallery known.safetensors             and are known in the next video
+    Call Anna by her name, keep all others too, know them in the next video:
+      uv run apps/follow_person.py hall.mp4 --enrol anna=anna.png
+        --save-gallery known.safetensors
+      uv run apps/follow_person.py later.mp4 --gallery known.safetensors
     """
     from reid_robot import follow, write_sightings
 

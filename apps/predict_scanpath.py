@@ -121,9 +121,7 @@ def main(
     image: Annotated[Path | None, typer.Argument(help="Picture of the scene. None: a drawn shelf.")] = None,
     boxes: Annotated[
         Path | None,
-        typer.Option(
-            help="Where objects are: JSON list of [x0, y0, x1, y1] in pixels, COCO file or detections, or CSV."
-        ),
+        typer.Option(help="Where objects are: JSON list of x0, y0, x1, y1 in pixels, COCO file or detections, or CSV."),
     ] = None,
     grid: Annotated[
         str | None, typer.Option(help="ROWSxCOLS of equal boxes that fill the picture, such as 3x9.")
@@ -141,16 +139,21 @@ def main(
 ) -> None:
     """Predict how people search a picture for one of its objects, with OAT (arXiv:2407.13335).
 
-    You need a [bold]picture[/bold], the [bold]boxes[/bold] of its objects (from a shelf plan, an annotation tool, or
-    any detector), and the [bold]target[/bold], one of them. You get many simulated searches as CSV, and the one most
-    like all the others as a picture with numbered fixations and as a film.
+    You need a [bold]picture[/bold], the [bold]boxes[/bold] of its objects (of a shelf plan,
+    an annotation tool, or any detector), and the [bold]target[/bold], one of them.
+    You get many simulated searches as CSV, and the one most like all the
+    others as a picture with numbered fixations and as a film.
 
-      uv run apps/predict_scanpath.py                                         a drawn shelf
-      uv run apps/predict_scanpath.py shelf.jpg --grid 3x9 --target 17        a regular shelf
-      uv run apps/predict_scanpath.py desk.png --boxes detections.json --target 4 --model my-model
+    A drawn shelf, a regular shelf, and boxes and a model of your own:
 
-    The built-in model learnt from a simulated searcher (near objects first, guided by colour, seldom back). It shows
-    what OAT does, not what your customers do: for that, train one on their scanpaths with [bold]gaze-oat train[/bold].
+      uv run apps/predict_scanpath.py
+      uv run apps/predict_scanpath.py shelf.jpg --grid 3x9 --target 17
+      uv run apps/predict_scanpath.py desk.png --boxes boxes.json --target 4
+        --model my-model
+
+    The built-in model learnt from a simulated searcher (near objects first,
+    guided by colour, seldom back). It shows what OAT does, not what your
+    customers do: for that, train one on their scanpaths, [bold]gaze-oat train[/bold].
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=stderr)])
     from gaze_oat import ScanpathProblem

@@ -1,14 +1,12 @@
 """The app as its users meet it: a process with arguments, files, two streams and an exit code."""
 
-import importlib.util
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import geopandas
 import numpy as np
@@ -17,54 +15,23 @@ import pytest
 import rasterio
 import shapely
 from affine import Affine
-from typer.testing import CliRunner
 
 from geo_yield.errors import InputProblem
 from geo_yield.histograms import HistogramStore
 from geo_yield.sentinel2 import DEFAULT_BANDS
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "yield_predict.py"
+APP = "yield_predict"
 pytestmark = pytest.mark.xdist_group("app")  # one demonstration serves all
 
 COMMANDS = ("simulate", "prepare", "train", "select-operator", "evaluate", "predict", "report")
 TINY = ["--counties", "2x3", "--seasons", "4", "--members", "2", "--steps", "4"]
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(APP), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("yield_predict", APP)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def call(module: ModuleType, line: str, **places: object) -> str:
-    """A command line run in this process, for the speed of it; returns stdout."""
-    result = CliRunner().invoke(module.app, [word.format(**places) for word in shlex.split(line)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory, app: Any) -> tuple[Path, str]:
     """The demonstration, killed while it reads images and started again; its folder and what it printed."""
     out = tmp_path_factory.mktemp("app") / "run"
-    process = start("--out", out, *TINY)
+    process = app.start("--out", out, *TINY)
     deadline = time.monotonic() + 300
     while len(list(out.glob("histograms/.units/*.npy"))) < 4:
         assert process.poll() is None, process.communicate()[1]
@@ -73,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # workers that outlived it would keep its pipes open
     assert not (out / "predictions.parquet").exists()
-    code, printed, said = run("--out", out, *TINY)
+    code, printed, said = app.run("--out", out, *TINY)
     assert code == 0, said
     return out, printed
 
@@ -115,7 +82,7 @@ def test_predictions_are_a_map_with_units(demo: tuple[Path, str]) -> None:
     assert (together["prediction"] - together["prediction_file"]).abs().max() < 1e-3
 
 
-def test_a_second_run_repeats_nothing(demo: tuple[Path, str]) -> None:
+def test_a_second_run_repeats_nothing(demo: tuple[Path, str], app: Any) -> None:
     out, printed = demo
     files = [
         out / "predictions.parquet",
@@ -123,26 +90,26 @@ def test_a_second_run_repeats_nothing(demo: tuple[Path, str]) -> None:
         *(out / "evaluation" / "training").iterdir(),
     ]
     before = {file: file.stat().st_mtime_ns for file in files}
-    code, again, said = run("--out", out, *TINY)
+    code, again, said = app.run("--out", out, *TINY)
     assert code == 0, said
     assert again == printed
     assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
-def test_the_jobs_one_by_one(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
+def test_the_jobs_one_by_one(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
     places = {"run": demo[0], "region": demo[0] / "region", "tmp": tmp_path}
     histograms = tmp_path / "histograms"
     source = "--inputs {region}/imagery --regions {region}/counties.gpkg"
-    printed = call(module, f"prepare {source} --years 2016-2017 --out {{tmp}}/histograms --workers 1", **places)
+    printed = app.call(f"prepare {source} --years 2016-2017 --out {{tmp}}/histograms --workers 1", **places)
     assert printed.split() == [str(histograms / "2016.parquet"), str(histograms / "2017.parquet")]
     assert (histograms / "2016.parquet").read_bytes() == (demo[0] / "histograms" / "2016.parquet").read_bytes()
     learn = "--inputs {tmp}/histograms --yields {region}/yields.csv --steps 3"
-    printed = call(module, f"select-operator {learn} --out {{tmp}}/operators.json", **places)
+    printed = app.call(f"select-operator {learn} --out {{tmp}}/operators.json", **places)
     assert all(operator in printed for operator in ("sobel", "scharr", "learnable", "bu/acre"))
     options = "--operators {tmp}/operators.json --members 2 --workers 1 --out {tmp}/model"
-    assert call(module, f"train {learn} {options}", **places).strip() == str(tmp_path / "model")
+    assert app.call(f"train {learn} {options}", **places).strip() == str(tmp_path / "model")
     season = "--inputs {run}/histograms --yields {region}/yields.csv --year 2018"
-    call(module, f"predict {season} --model {{tmp}}/model --out {{tmp}}/yields.parquet --workers 1", **places)
+    app.call(f"predict {season} --model {{tmp}}/model --out {{tmp}}/yields.parquet --workers 1", **places)
     assert set(geopandas.read_parquet(tmp_path / "yields.parquet").geom_type) == {"Point"}
 
 
@@ -160,7 +127,7 @@ def write_sentinel2(folder: Path, day: str, level: int) -> None:
         file.write(classes)
 
 
-def test_sentinel2_images_are_prepared(module: ModuleType, tmp_path: Path) -> None:
+def test_sentinel2_images_are_prepared(app: Any, tmp_path: Path) -> None:
     """Reflectance after the offset, clear pixels only, in the month of the overpass."""
     write_sentinel2(tmp_path / "s2", "20220604", 1500)
     write_sentinel2(tmp_path / "s2", "20220714", 2500)
@@ -168,7 +135,7 @@ def test_sentinel2_images_are_prepared(module: ModuleType, tmp_path: Path) -> No
     parcels = geopandas.GeoDataFrame({"region_id": ["007"]}, geometry=[shape], crs=32615)
     parcels.to_file(tmp_path / "parcels.gpkg")
     given = "--sensor sentinel2 --inputs {tmp}/s2 --regions {tmp}/parcels.gpkg --year 2022 --workers 1"
-    call(module, f"prepare {given} --offset -1000 --out {{tmp}}/histograms", tmp=tmp_path)
+    app.call(f"prepare {given} --offset -1000 --out {{tmp}}/histograms", tmp=tmp_path)
     seen = HistogramStore(tmp_path / "histograms").read()
     assert seen.layout.sensor == "sentinel2-l2a"
     assert seen.region_id.tolist() == ["007"]
@@ -182,29 +149,29 @@ def test_sentinel2_images_are_prepared(module: ModuleType, tmp_path: Path) -> No
         assert seen.image[0, band, step].tolist() == expected.tolist()
 
 
-def test_predictions_become_a_map(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
-    printed = call(module, "report --predictions {run}/predictions.parquet --out {tmp}", run=demo[0], tmp=tmp_path)
+def test_predictions_become_a_map(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
+    printed = app.call("report --predictions {run}/predictions.parquet --out {tmp}", run=demo[0], tmp=tmp_path)
     assert printed.strip() == str(tmp_path / "map-2018.png")
     assert (tmp_path / "map-2018.png").stat().st_size > 1000
 
 
-def test_evaluation_of_histograms_is_reported(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
+def test_evaluation_of_histograms_is_reported(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
     places = {"run": demo[0], "region": demo[0] / "region", "tmp": tmp_path}
     given = "--inputs {run}/histograms --yields {region}/yields.csv --methods 'mean, county history,ridge' --members 2"
-    printed = call(module, f"evaluate {given} --protocol spatial --folds 3 --out {{tmp}}/spatial", **places)
+    printed = app.call(f"evaluate {given} --protocol spatial --folds 3 --out {{tmp}}/spatial", **places)
     assert "soybean, spatial" in printed
     rows = pd.read_parquet(tmp_path / "spatial" / "evaluation.parquet")
     assert len(rows) == 3 * 6 * 4
     assert set(rows["method"]) == {"mean", "county history", "ridge"}
     shown = "--regions {region}/counties.gpkg --method ridge --out {tmp}/report"
-    path = call(module, f"report --evaluation {{tmp}}/spatial {shown}", **places)
+    path = app.call(f"report --evaluation {{tmp}}/spatial {shown}", **places)
     text = Path(path.strip()).read_text()
     assert "**ridge**" in text
     assert "**simulated**" in text
     assert (tmp_path / "report" / "map.png").exists()
 
 
-def test_evaluation_of_series(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
+def test_evaluation_of_series(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
     yields = pd.read_csv(demo[0] / "region" / "yields.csv", dtype={"region_id": str})
     series = yields[yields["year"] >= 2015].rename(columns={"region_id": "County", "year": "Year"})
     for week in range(1, 6):
@@ -212,31 +179,31 @@ def test_evaluation_of_series(demo: tuple[Path, str], module: ModuleType, tmp_pa
     series.drop(columns=["crop", "yield", "unit", "source"]).to_csv(tmp_path / "ndvi.csv", index=False)
     given = "--series {tmp}/ndvi.csv --yields {region}/yields.csv --methods mean,ridge --members 2"
     places = {"region": demo[0] / "region", "tmp": tmp_path}
-    call(module, f"evaluate {given} --protocol leave-one-year-out --out {{tmp}}/series", **places)
+    app.call(f"evaluate {given} --protocol leave-one-year-out --out {{tmp}}/series", **places)
     rows = pd.read_parquet(tmp_path / "series" / "evaluation.parquet")
     error = (rows["truth"] - rows["prediction"]).abs().groupby(rows["method"]).mean()
     assert error["ridge"] < 0.5 * error["mean"]  # these series give the yield away
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_teaches_by_example(module: ModuleType, command: str) -> None:
-    text = " ".join(call(module, f"{command} --help").split())
+def test_help_teaches_by_example(app: Any, command: str) -> None:
+    text = " ".join(app.call(f"{command} --help").split())
     assert "Example: " in text
     assert f"yield_predict.py {command}".strip() in text
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy(app: Any) -> None:
     code = (
         "import runpy, sys\nsys.argv = ['yield_predict.py', 'train', '--help']\n"
-        f"try: runpy.run_path({str(APP)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        f"try: runpy.run_path({str(app.path)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'rasterio', 'geopandas', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path) -> None:
-    code, out, err = run("train", "--inputs", tmp_path / "nothing", "--yields", tmp_path / "none.csv")
+def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path, app: Any) -> None:
+    code, out, err = app.run("train", "--inputs", tmp_path / "nothing", "--yields", tmp_path / "none.csv")
     assert code == 2
     assert out == ""
     assert len(err.strip().splitlines()) == 1
@@ -245,15 +212,13 @@ def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_of_ours_keeps_its_traceback(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_fault_of_ours_keeps_its_traceback(app: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("geo_yield.simulator.simulate", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        call(module, "simulate --out {tmp}/region", tmp=tmp_path)
+        app.call("simulate --out {tmp}/region", tmp=tmp_path)
 
 
 MISTAKES = {
@@ -296,11 +261,11 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_explained_and_leave_nothing(
-    demo: tuple[Path, str], module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+    demo: tuple[Path, str], app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the default outputs would go
     line, sentence = MISTAKES[mistake]
     with pytest.raises(InputProblem, match=sentence) as caught:
-        call(module, line, run=demo[0], region=demo[0] / "region", tmp=tmp_path)
+        app.call(line, run=demo[0], region=demo[0] / "region", tmp=tmp_path)
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,54 +1,23 @@
 """apps/compress_model.py as its users meet it: a process with arguments, files, two streams and an exit code."""
 
-import importlib.util
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llm_attn.testing import tiny_model
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "compress_model.py"
+APP = "compress_model"
 pytestmark = pytest.mark.xdist_group("app")
 SMALL = "--steps 60 --finetune-steps 3 --batch 4 --tokens 16 --multiple-of 1"
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(APP), *map(str, arguments)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: sums depend on how they are divided
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, env=os.environ | threads)
-
-
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compress_model", APP)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def call(module: ModuleType, line: str, **places: object) -> str:
-    """A command line run in this process, for the speed of it; returns stdout."""
-    from typer.testing import CliRunner
-
-    result = CliRunner().invoke(module.app, [word.format(**places) for word in shlex.split(line)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -93,11 +62,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def finished(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, module: ModuleType) -> tuple[Path, str]:
+def finished(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, app: Any) -> tuple[Path, str]:
     """The whole job, killed while it trains gates and started again; its folder and what it printed."""
     out = tmp_path_factory.mktemp("app") / "out"
     line = f"run {places['text']} --model {places['bert']} --out {out} --keep 0.6 {SMALL}"
-    process = start(*shlex.split(line))
+    process = app.start(*shlex.split(line))
     deadline = time.monotonic() + 600
     while not (out / "pruning" / "training.json").exists():
         assert process.poll() is None, process.communicate()[1]
@@ -106,7 +75,7 @@ def finished(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, 
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (out / "model").exists()
-    return out, call(module, line)
+    return out, app.call(line)
 
 
 def test_a_model_and_text_in_a_smaller_model_out(finished: tuple[Path, str], places: dict[str, Path]) -> None:
@@ -133,25 +102,25 @@ def test_a_model_and_text_in_a_smaller_model_out(finished: tuple[Path, str], pla
 
 
 def test_a_killed_run_ends_as_one_that_was_not(
-    finished: tuple[Path, str], places: dict[str, Path], module: ModuleType, tmp_path: Path
+    finished: tuple[Path, str], places: dict[str, Path], app: Any, tmp_path: Path
 ) -> None:
     line = "run {text} --model {bert} --keep 0.6 " + SMALL
-    call(module, line + " --out {out}", out=tmp_path / "out", **places)
+    app.call(line + " --out {out}", out=tmp_path / "out", **places)
     weights = "model/model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (finished[0] / weights).read_bytes()
     before = (finished[0] / weights).stat().st_mtime_ns
-    assert call(module, line + " --out {out}", out=finished[0], **places) == finished[1]
+    assert app.call(line + " --out {out}", out=finished[0], **places) == finished[1]
     assert (finished[0] / weights).stat().st_mtime_ns == before
-    with pytest.raises(module.Problem, match="holds a job with other settings or texts"):
-        call(module, line.replace("0.6", "0.7") + " --out {out}", out=finished[0], **places)
+    with pytest.raises(app.module.Problem, match="holds a job with other settings or texts"):
+        app.call(line.replace("0.6", "0.7") + " --out {out}", out=finished[0], **places)
 
 
 def test_a_language_model_from_json_lines(
-    places: dict[str, Path], module: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    places: dict[str, Path], app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Broken lines are counted, layers get sizes of their own, and the checkpoint brings the file that it needs."""
     line = "run {lines} --text body --model {llama} --out {out} --mode faster --layout ragged --keep 0.7 " + SMALL
-    call(module, line, out=tmp_path / "out", **places)
+    app.call(line, out=tmp_path / "out", **places)
     assert "2 lines of" in caplog.text
     assert "5, 6" in caplog.text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -163,11 +132,9 @@ def test_a_language_model_from_json_lines(
     assert config["ragged"]["inter"] == report["sizes"]["inter"]
 
 
-def test_heads_are_drawn(
-    finished: tuple[Path, str], places: dict[str, Path], module: ModuleType, tmp_path: Path
-) -> None:
+def test_heads_are_drawn(finished: tuple[Path, str], places: dict[str, Path], app: Any, tmp_path: Path) -> None:
     line = "probe {text} --model {bert} --small {small} --tokens 16 --out {png}"
-    printed = call(module, line, small=finished[0] / "model", png=tmp_path / "a.png", **places)
+    printed = app.call(line, small=finished[0] / "model", png=tmp_path / "a.png", **places)
     assert printed.strip() == str(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 20_000
 
@@ -189,16 +156,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_explained(places: dict[str, Path], module: ModuleType, tmp_path: Path, mistake: str) -> None:
+def test_mistakes_are_explained(places: dict[str, Path], app: Any, tmp_path: Path, mistake: str) -> None:
     line, sentence = MISTAKES[mistake]
-    with pytest.raises(module.Problem, match=sentence) as caught:
-        call(module, line, tmp=tmp_path, **places)
+    with pytest.raises(app.module.Problem, match=sentence) as caught:
+        app.call(line, tmp=tmp_path, **places)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path) -> None:
-    process = start("run", tmp_path / "none.txt", "--keep", "2")
+def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path, app: Any) -> None:
+    process = app.start("run", tmp_path / "none.txt", "--keep", "2")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert out == ""
@@ -206,26 +173,26 @@ def test_a_mistake_is_one_red_line_and_exit_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "probe"])
-def test_help_teaches_by_example(module: ModuleType, command: str) -> None:
-    text = " ".join(call(module, f"{command} --help").split())
+def test_help_teaches_by_example(app: Any, command: str) -> None:
+    text = " ".join(app.call(f"{command} --help").split())
     assert f"compress_model.py {command}" in text
     assert "Example:" in text
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy(app: Any) -> None:
     code = (
         "import runpy, sys\nsys.argv = ['compress_model.py', 'run', '--help']\n"
-        f"try: runpy.run_path({str(APP)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        f"try: runpy.run_path({str(app.path)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_small_language_model_writes(places: dict[str, Path], module: ModuleType, tmp_path: Path) -> None:
+def test_the_small_language_model_writes(places: dict[str, Path], app: Any, tmp_path: Path) -> None:
     """A stock checkpoint of a language model, read by transformers alone."""
     line = "run {text} --model {llama} --out {out} --mode fast --keep 0.7 " + SMALL
-    call(module, line, out=tmp_path / "out", **places)
+    app.call(line, out=tmp_path / "out", **places)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.hidden_size < 48

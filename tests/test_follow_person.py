@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,13 +13,8 @@ import pytest
 from reid_robot import Gallery, film, read_frames, write_boxes
 from reid_robot.clip import ClipConfig
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "follow_person.py"
+APP = "follow_person"
 pytestmark = pytest.mark.xdist_group("app")
-
-
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(APP), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -46,42 +42,44 @@ def film_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pat
     return folder / "film.avi", folder / "boxes.csv", folder / "anna.png"
 
 
-def test_runs_without_arguments(tmp_path: Path) -> None:
-    done = run("--limit", "25", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_runs_without_arguments(tmp_path: Path, app: Any) -> None:
+    code, printed, said = app.run("--limit", "25", cwd=tmp_path)
+    assert code == 0, said
     seen = rows(tmp_path / "followed")
     assert len({row["person"] for row in seen}) >= 3
     assert {int(row["frame"]) for row in seen} <= set(range(25))
-    assert "frames/s" in done.stdout
+    assert "frames/s" in printed
     frames = list(read_frames(tmp_path / "followed" / "followed.avi"))
     assert len(frames) == 25
     assert frames[0].shape == (288, 512, 3)
 
 
-def test_enrolled_people_are_named_and_kept(film_file: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_enrolled_people_are_named_and_kept(film_file: tuple[Path, Path, Path], tmp_path: Path, app: Any) -> None:
     video, boxes, anna = film_file
     known = tmp_path / "known.safetensors"
-    done = run(video, "--boxes", boxes, "--enrol", f"anna={anna}", "--save-gallery", known, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, said = app.run(
+        video, "--boxes", boxes, "--enrol", f"anna={anna}", "--save-gallery", known, "--out", tmp_path
+    )
+    assert code == 0, said
     named = [row for row in rows(tmp_path) if row["name"] == "anna"]
     assert len(named) >= 8
     assert len({row["person"] for row in named}) <= 2, "one person has the name at a time"
     assert "anna" in Gallery.load(known).names
     assert any(name.startswith("person ") for name in Gallery.load(known).names)
-    again = run(video, "--boxes", boxes, "--gallery", known, "--out", tmp_path / "again", "--limit", "15")
-    assert again.returncode == 0, again.stderr
+    code, _, said = app.run(video, "--boxes", boxes, "--gallery", known, "--out", tmp_path / "again", "--limit", "15")
+    assert code == 0, said
     assert {row["name"] for row in rows(tmp_path / "again")} - {""}
 
 
-def test_hog_and_nobody(tmp_path: Path) -> None:
+def test_hog_and_nobody(tmp_path: Path, app: Any) -> None:
     """A grey film: no people is a result, not an error."""
     writer = cv2.VideoWriter(str(tmp_path / "grey.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 160))
     for _ in range(3):
         writer.write(np.full((160, 96, 3), 90, np.uint8))
     writer.release()
-    done = run(tmp_path / "grey.avi", "--out", tmp_path / "out", "--overlap-only", "--enlarge", "1")
-    assert done.returncode == 0, done.stderr
-    assert "Nobody was found" in done.stdout
+    code, printed, said = app.run(tmp_path / "grey.avi", "--out", tmp_path / "out", "--overlap-only", "--enlarge", "1")
+    assert code == 0, said
+    assert "Nobody was found" in printed
     assert rows(tmp_path / "out") == []
 
 
@@ -102,13 +100,13 @@ MISTAKES = {
 }
 
 
-def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
+def test_mistakes_get_one_sentence(tmp_path: Path, app: Any) -> None:
     """In one process, as starting Python fourteen times takes longer than all the rest."""
     (tmp_path / "text.avi").write_text("no film")
     (tmp_path / "bad.csv").write_text("frame,x,y,width,height\n0,1,2,0,4\n")
     code = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("follow_person", {str(APP)!r})
+spec = importlib.util.spec_from_file_location("follow_person", {str(app.path)!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 for name, line in {[(n, m[0].format(tmp=tmp_path)) for n, m in MISTAKES.items()]!r}:
@@ -122,5 +120,5 @@ for name, line in {[(n, m[0].format(tmp=tmp_path)) for n, m in MISTAKES.items()]
     assert done.returncode == 0, done.stderr
     said = dict(line.split(" | ", 1) for line in done.stdout.splitlines() if " | " in line)
     assert {name: MISTAKES[name][1] in said.get(name, "") for name in MISTAKES} == dict.fromkeys(MISTAKES, True), said
-    assert run(tmp_path / "none.avi").returncode == 2
+    assert app.run(tmp_path / "none.avi")[0] == 2
     assert not (tmp_path / "out" / "followed.avi").exists()

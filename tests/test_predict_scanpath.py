@@ -1,11 +1,10 @@
 """apps/predict_scanpath.py as its users meet it: a process with arguments, files, two streams and an exit code."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,31 +12,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "predict_scanpath.py"
+APP = "predict_scanpath"
 pytestmark = pytest.mark.xdist_group("app")
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    command = [sys.executable, str(APP), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("predict_scanpath", APP)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory, app: Any) -> tuple[Path, str]:
     """The demonstration, without any argument but where to write."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    code, printed, said = run("--out", out, "--samples", 40)
+    code, printed, said = app.run("--out", out, "--samples", 40)
     assert code == 0, said
     assert "no image given" in said
     assert "learnt from simulated search, not from people" in said
@@ -75,17 +58,17 @@ def test_the_picture_and_the_film_show_the_typical_path(demo: tuple[Path, str]) 
     assert drawn.getpixel((x0 + 1, y0 + 5)) == (214, 39, 40)  # the target's frame
 
 
-def test_boxes_and_a_model_of_ones_own(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
+def test_boxes_and_a_model_of_ones_own(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
     """The same picture with its boxes as CSV gives the same paths; as a grid it gives others."""
     out = demo[0]
     boxes = json.loads((out / "boxes.json").read_text())["boxes"]
     lines = ["label,x0,y0,x1,y1", *("p," + ",".join(map(str, box)) for box in boxes)]
     (tmp_path / "boxes.csv").write_text("\n".join(lines))
     common = [str(out / "shelf.png"), "--target", "14", "--samples", "40", "--out"]
-    called = CliRunner().invoke(module.app, [*common, str(tmp_path / "a"), "--boxes", str(tmp_path / "boxes.csv")])
+    called = CliRunner().invoke(app.module.app, [*common, str(tmp_path / "a"), "--boxes", str(tmp_path / "boxes.csv")])
     assert called.exit_code == 0, called.output
     assert (tmp_path / "a/scanpaths.csv").read_text() == (out / "scanpaths.csv").read_text()
-    called = CliRunner().invoke(module.app, [*common, str(tmp_path / "b"), "--grid", "2x5", "--target", "3"])
+    called = CliRunner().invoke(app.module.app, [*common, str(tmp_path / "b"), "--grid", "2x5", "--target", "3"])
     assert called.exit_code == 0, called.output
     assert pd.read_csv(tmp_path / "b/scanpaths.csv")["object"].max() < 10
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["scanpath.gif", "scanpath.png", "scanpaths.csv"]
@@ -106,24 +89,24 @@ MISTAKES = {
 }
 
 
-def test_mistakes_are_explained(demo: tuple[Path, str], module: ModuleType, tmp_path: Path) -> None:
+def test_mistakes_are_explained(demo: tuple[Path, str], app: Any, tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text("[[5, 5, 5, 9]]")
     places = {"image": demo[0] / "shelf.png", "boxes": demo[0] / "boxes.json", "tmp": tmp_path}
     for name, (line, sentence) in MISTAKES.items():
         arguments = [*line.format(**places).split(), "--out", str(tmp_path / "out")]
-        called = CliRunner().invoke(module.app, arguments)
+        called = CliRunner().invoke(app.module.app, arguments)
         assert called.exit_code == 2, name
         assert sentence in called.stderr, name
         assert called.stdout == "", name
     assert not (tmp_path / "out").exists()
 
 
-def test_help_teaches_without_loading_a_model() -> None:
+def test_help_teaches_without_loading_a_model(app: Any) -> None:
     code = (
         "import runpy, sys\n"
         "sys.argv = ['predict_scanpath.py', '--help']\n"
         "try:\n"
-        f"    runpy.run_path({str(APP)!r}, run_name='__main__')\n"
+        f"    runpy.run_path({str(app.path)!r}, run_name='__main__')\n"
         "except SystemExit:\n"
         "    assert 'torch' not in sys.modules\n"
         "else:\n"

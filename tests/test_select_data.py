@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,21 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from llm_attn.attention_influence import HeadScores, generated_sentences
 from llm_attn.testing import tiny_model
 
-APP = Path(__file__).resolve().parents[1] / "apps" / "select_data.py"
+APP = "select_data"
 pytestmark = pytest.mark.xdist_group("app")
 DETECT = ("--samples", "3", "--tokens", "900", "--top-heads", "0.25")
 SCORE = ("--unit-kib", "1", "--batch-tokens", "256", "--domain", "source")
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(APP), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +52,11 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, documents: Path) -> tuple[Path, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, documents: Path, app: Any) -> tuple[Path, str]:
     """The whole job, killed while it scores and started again; its folder and what it printed."""
     out = tmp_path_factory.mktemp("app") / "out"
     arguments = ("run", documents, "--model", model, "--out", out, *DETECT, *SCORE)
-    process = start(*arguments)
+    process = app.start(*arguments)
     deadline = time.monotonic() + 600
     while len(list(out.glob("parts/*.parquet"))) < 3:
         assert process.poll() is None, process.communicate()[1]
@@ -75,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, documents: P
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (out / "scores.parquet").exists()
-    code, printed, said = run(*arguments)
+    code, printed, said = app.run(*arguments)
     assert code == 0, said
     return out, printed
 
@@ -102,14 +92,14 @@ def test_documents_in_scores_and_the_best_out(finished: tuple[Path, str], docume
 
 
 def test_a_killed_run_ends_as_one_that_was_not(
-    finished: tuple[Path, str], model: Path, documents: Path, tmp_path: Path
+    finished: tuple[Path, str], model: Path, documents: Path, tmp_path: Path, app: Any
 ) -> None:
     """And 'score' and 'select' are what 'run' does."""
     heads, out = finished[0] / "heads.json", tmp_path / "out"
     arguments = ("score", documents, "--heads", heads, "--model", model, "--out", out, "--top-heads", "0.25", *SCORE)
-    code, _, said = run(*arguments)
+    code, _, said = app.run(*arguments)
     assert code == 0, said
-    code, printed, said = run("select", "--out", out)
+    code, printed, said = app.run("select", "--out", out)
     assert code == 0, said
     whole = {p.name: p.read_bytes() for p in (out / "parts").iterdir()}
     assert whole == {p.name: p.read_bytes() for p in (finished[0] / "parts").iterdir()}
@@ -118,14 +108,14 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert printed == finished[1].replace(str(finished[0]), str(out))
 
 
-def test_heads_are_shown(model: Path, tmp_path: Path) -> None:
-    code, printed, said = run("detect", "--model", model, "--out", tmp_path / "heads.json", *DETECT)
+def test_heads_are_shown(model: Path, tmp_path: Path, app: Any) -> None:
+    code, printed, said = app.run("detect", "--model", model, "--out", tmp_path / "heads.json", *DETECT)
     assert code == 0, said
     scores = HeadScores.load(tmp_path / "heads.json")
     best = scores.ranked()[0][2]
     assert f"{best:.3f}" in printed
     assert (tmp_path / "heads.png").stat().st_size > 5_000
-    code, again, said = run("detect", "--model", model, "--out", tmp_path / "heads.json", *DETECT)
+    code, again, said = app.run("detect", "--model", model, "--out", tmp_path / "heads.json", *DETECT)
     assert (code, again) == (0, printed), said
 
 
@@ -140,11 +130,11 @@ MISTAKES = {
 }
 
 
-def test_mistakes_are_explained(model: Path, documents: Path, tmp_path: Path) -> None:
+def test_mistakes_are_explained(model: Path, documents: Path, tmp_path: Path, app: Any) -> None:
     """All in one process, as importing takes its time; one of them as a process for its exit code."""
     script = (
         "import importlib.util, json, sys\n"
-        f"spec = importlib.util.spec_from_file_location('select_data', {str(APP)!r})\n"
+        f"spec = importlib.util.spec_from_file_location('select_data', {str(app.path)!r})\n"
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "for line in json.loads(sys.argv[1]):\n"
         "    try:\n"
@@ -161,13 +151,13 @@ def test_mistakes_are_explained(model: Path, documents: Path, tmp_path: Path) ->
     for answer, (name, (_, sentence)) in zip(answers, MISTAKES.items(), strict=True):
         assert sentence in answer, name
     assert not list(tmp_path.iterdir())
-    code, printed, said = run("select", "--out", tmp_path)
+    code, printed, said = app.run("select", "--out", tmp_path)
     assert (code, printed) == (2, "")
     assert "holds no scored corpus: score one first" in said
 
 
-def test_help_answers_without_loading_a_model() -> None:
-    status, printed, _ = run("--help")
+def test_help_answers_without_loading_a_model(app: Any) -> None:
+    status, printed, _ = app.run("--help")
     assert status == 0
     for command in ("run", "detect", "score", "select"):
         assert command in printed
@@ -175,7 +165,7 @@ def test_help_answers_without_loading_a_model() -> None:
         "import runpy, sys\n"
         "sys.argv = ['select_data.py', '--help']\n"
         "try:\n"
-        f"    runpy.run_path({str(APP)!r}, run_name='__main__')\n"
+        f"    runpy.run_path({str(app.path)!r}, run_name='__main__')\n"
         "except SystemExit:\n"
         "    assert 'torch' not in sys.modules\n"
         "else:\n"

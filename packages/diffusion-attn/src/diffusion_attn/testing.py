@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from shared_kernels.expectations import message_of, require
 from shared_kernels.handle import Handle
 
 Inputs = dict[str, Any]
@@ -152,19 +153,6 @@ def output_of(model: Any, inputs: Inputs) -> Tensor:
         return model(**inputs)[0]
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _message_of(error: type[Exception], call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except error as problem:
-        return str(problem)
-    raise AssertionError(f"{error.__name__} was to be raised")
-
-
 class DoorTests:
     """Inherit, and say how the method is applied; every test below then runs for it.
 
@@ -204,10 +192,10 @@ class DoorTests:
         keys = list(model.state_dict())
         with self.apply(model):
             found = output_of(model, inputs)
-            _require(bool((found - host).norm() > 1e-3 * host.norm()), "the method changes nothing")
-        _require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
+            require(bool((found - host).norm() > 1e-3 * host.norm()), "the method changes nothing")
+        require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
         after = [module.processor for module in model.modules() if hasattr(module, "processor")]
-        _require(processors == after and keys == list(model.state_dict()), "something of the method stayed in the host")
+        require(processors == after and keys == list(model.state_dict()), "something of the method stayed in the host")
 
     def test_samples_do_not_depend_on_their_batch(self, family: str) -> None:
         """Also where their texts have different lengths."""
@@ -229,7 +217,7 @@ class DoorTests:
                 each.train()
                 each(**inputs)[0].square().sum().backward()
             gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
-        _require(gradients[0].keys() == gradients[1].keys(), "other parameters have gradients")
+        require(gradients[0].keys() == gradients[1].keys(), "other parameters have gradients")
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
 
@@ -249,29 +237,29 @@ class DoorTests:
             with self.apply(model):
                 raise ZeroDivisionError
 
-        _message_of(ZeroDivisionError, fail)
-        _require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
+        message_of(ZeroDivisionError, fail)
+        require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
 
     def test_refusals(self) -> None:
         """Twice, on what is no transformer of diffusers, and when processors were replaced under it."""
         model, inputs, host = self.first()
         with self.apply(model):
-            again = _message_of(ValueError, lambda: self.apply(model))
+            again = message_of(ValueError, lambda: self.apply(model))
             name, processor = next(iter(model.attn_processors.items()))
             model.set_attn_processor({**model.attn_processors, name: type(processor).__mro__[1]()})
-            replaced = _message_of(RuntimeError, lambda: output_of(model, inputs))
-        _require("is at work in this model already" in again, again)
-        _require("processors were replaced" in replaced, replaced)
-        _require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
-        unknown = _message_of(TypeError, lambda: self.apply(nn.Linear(2, 2)))
-        _require("Linear is not supported" in unknown, unknown)
+            replaced = message_of(RuntimeError, lambda: output_of(model, inputs))
+        require("is at work in this model already" in again, again)
+        require("processors were replaced" in replaced, replaced)
+        require(torch.equal(output_of(model, inputs), host), "the host is not as it was")
+        unknown = message_of(TypeError, lambda: self.apply(nn.Linear(2, 2)))
+        require("Linear is not supported" in unknown, unknown)
 
     def test_bfloat16_is_finite(self) -> None:
         """In the dtype that people run."""
         model, inputs, _ = self.first()
         inputs = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
         with self.apply(model.bfloat16()):
-            _require(bool(output_of(model, inputs).isfinite().all()), "the output is not finite")
+            require(bool(output_of(model, inputs).isfinite().all()), "the output is not finite")
 
 
 def _host(family: str) -> tuple[Any, Inputs, Tensor]:

@@ -4,7 +4,6 @@ The models are tiny, random and seeded. Each test compares two ways to the same 
 without, saved and loaded), so it holds for any method; what a method computes is for its own tests to say.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from transformers import (
 
 from llm_attn.transformers.door import Handle
 from llm_attn.transformers.saving import open_doors
+from shared_kernels.expectations import message_of, require, require_same
 
 VOCABULARY = 97
 
@@ -120,8 +120,7 @@ class DoorTests:
 
     def same(self, given: Tensor, wanted: Tensor) -> None:
         """Raises AssertionError where the two differ by more than `tolerance`, or one is NaN."""
-        scale = max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(given, wanted, atol=self.tolerance * scale, rtol=0)
+        require_same(given, wanted, self.tolerance)
 
     # ---- the door itself
 
@@ -129,13 +128,13 @@ class DoorTests:
         model, ids = tiny_model(family), tokens(2, self.length)
         before, kind, names = model(ids).logits, type(model), set(model.state_dict())
         handle = self.apply(model)
-        _require(not torch.equal(model(ids).logits, before), "the method changes nothing in this model")
-        _require(len(handle.layers_changed) > 0, "the handle says that no layer was changed")
+        require(not torch.equal(model(ids).logits, before), "the method changes nothing in this model")
+        require(len(handle.layers_changed) > 0, "the handle says that no layer was changed")
         handle.remove()
         handle.remove()
-        _require(torch.equal(model(ids).logits, before), "the host does not come back bit for bit")
-        _require(type(model) is kind and set(model.state_dict()) == names, "remove() leaves something behind")
-        _require(not open_doors(model), "the model still lists the method")
+        require(torch.equal(model(ids).logits, before), "the host does not come back bit for bit")
+        require(type(model) is kind and set(model.state_dict()) == names, "remove() leaves something behind")
+        require(not open_doors(model), "the model still lists the method")
 
     def test_neutral_setting_is_the_host(self, family: str) -> None:
         model, ids = tiny_model(family), tokens(2, self.length)
@@ -151,12 +150,12 @@ class DoorTests:
                 raise KeyError
         except KeyError:
             pass
-        _require(torch.equal(model(tokens(1, 9)).logits, before), "the host does not come back")
+        require(torch.equal(model(tokens(1, 9)).logits, before), "the host does not come back")
 
     def test_applying_twice_is_refused(self) -> None:
         model = self.changed()
-        message = _message_of(ValueError, lambda: self.apply(model))
-        _require("remove()" in message, f"the message does not say what to do: {message}")
+        message = message_of(ValueError, lambda: self.apply(model))
+        require("remove()" in message, f"the message does not say what to do: {message}")
 
     def test_chosen_by_name(self) -> None:
         if self.attention is None or not self.by_name:
@@ -169,11 +168,11 @@ class DoorTests:
         model.set_attn_implementation("sdpa")
         host = model(ids).logits
         model.set_attn_implementation(self.attention)
-        _require(torch.equal(model(ids).logits, by_name), "set_attn_implementation differs from from_config")
+        require(torch.equal(model(ids).logits, by_name), "set_attn_implementation differs from from_config")
         torch.manual_seed(0)
         built = type(model)(tiny_config(family, initializer_range=0.2, attn_implementation=self.attention)).eval()
-        _require(torch.equal(built(ids).logits, by_name), "a config with the name differs from from_config")
-        _require(host.shape == by_name.shape, "logits of another shape")
+        require(torch.equal(built(ids).logits, by_name), "a config with the name differs from from_config")
+        require(host.shape == by_name.shape, "logits of another shape")
 
     def test_what_the_host_asks_beyond_is_refused(self) -> None:
         if self.attention is None:
@@ -183,7 +182,7 @@ class DoorTests:
         query = torch.ones(1, 4, 5, layer.head_dim)
         for name in ("s_aux", "position_bias"):
             attend = partial(AttentionInterface()[self.attention], layer, query, query, query, None, **{name: query})
-            _message_of(ValueError, attend)
+            message_of(ValueError, attend)
 
     # ---- padding, packing, lengths
 
@@ -198,23 +197,23 @@ class DoorTests:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = model(ids, attention_mask=mask, position_ids=positions).logits
             self.same(logits[1, real], wanted)
-            _require(bool(logits.isfinite().all()), "padding makes NaN")
+            require(bool(logits.isfinite().all()), "padding makes NaN")
 
     def test_row_of_padding_alone_stays_finite(self) -> None:
         model, ids = self.changed(), tokens(2, self.length)
         mask = torch.tensor([[1], [0]]).expand(-1, self.length)
         logits = model(ids, attention_mask=mask).logits
-        _require(bool(logits.isfinite().all()), "a row of padding makes NaN")
+        require(bool(logits.isfinite().all()), "a row of padding makes NaN")
         self.same(logits[:1], model(ids[:1]).logits)
 
     def test_one_token_and_none(self) -> None:
         model = self.changed()
-        _require(bool(model(tokens(3, 1)).logits.isfinite().all()), "one token makes NaN")
+        require(bool(model(tokens(3, 1)).logits.isfinite().all()), "one token makes NaN")
         if self.attention is not None and self.by_name:  # hosts themselves fail on no tokens at all
             layer = model.get_decoder().layers[0].self_attn
             query, key = torch.ones(2, 4, 0, layer.head_dim), torch.ones(2, 2, 0, layer.head_dim)
             out, _ = AttentionInterface()[self.attention](layer, query, key, key, None)
-            _require(out.shape == (2, 0, 4, layer.head_dim), "no tokens give something else than nothing")
+            require(out.shape == (2, 0, 4, layer.head_dim), "no tokens give something else than nothing")
 
     def test_packed_rows_are_as_separate_ones(self) -> None:
         if not self.packed:
@@ -226,7 +225,7 @@ class DoorTests:
 
     def test_bfloat16(self) -> None:
         model = self.changed().to(torch.bfloat16)
-        _require(bool(model(tokens(2, self.length)).logits.isfinite().all()), "NaN or infinity in bfloat16")
+        require(bool(model(tokens(2, self.length)).logits.isfinite().all()), "NaN or infinity in bfloat16")
 
     # ---- caches
 
@@ -247,7 +246,7 @@ class DoorTests:
         mask = torch.ones_like(ids)
         mask[1, :4] = 0
         greedy = self._generate(model, ids, mask)
-        _require(greedy.shape == (2, self.length + 6), f"six new tokens were asked for, got {tuple(greedy.shape)}")
+        require(greedy.shape == (2, self.length + 6), f"six new tokens were asked for, got {tuple(greedy.shape)}")
         ways: dict[str, tuple[bool, dict[str, Any]]] = {
             "without a cache": (self.cache, {"use_cache": False}),
             "with a static cache": (self.static, {"cache_implementation": "static"}),
@@ -256,17 +255,17 @@ class DoorTests:
         for way, (possible, settings) in ways.items():
             if possible:
                 given = self._generate(model, ids, mask, **settings)
-                _require(torch.equal(given, greedy), f"{way} other tokens are generated")
+                require(torch.equal(given, greedy), f"{way} other tokens are generated")
 
     def test_beams(self) -> None:
         if not self.beams:
             return
         model, ids = self.changed(), tokens(2, self.length)
         cached = self._generate(model, ids, torch.ones_like(ids), num_beams=3)
-        _require(cached.shape == (2, self.length + 6), "beam search gives another number of tokens")
+        require(cached.shape == (2, self.length + 6), "beam search gives another number of tokens")
         if self.cache:
             plain = self._generate(model, ids, torch.ones_like(ids), num_beams=3, use_cache=False)
-            _require(torch.equal(cached, plain), "beam search with a cache gives other tokens than without")
+            require(torch.equal(cached, plain), "beam search with a cache gives other tokens than without")
 
     def test_sampling_is_reproducible(self) -> None:
         model, ids = self.changed(), tokens(2, self.length)
@@ -274,7 +273,7 @@ class DoorTests:
         for _ in range(2):
             torch.manual_seed(3)
             drawn.append(self._generate(model, ids, torch.ones_like(ids), do_sample=True))
-        _require(torch.equal(*drawn), "the same seed gives other samples")
+        require(torch.equal(*drawn), "the same seed gives other samples")
 
     def _generate(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
         settings = {"do_sample": False, "disable_compile": True, **settings}
@@ -288,10 +287,10 @@ class DoorTests:
             _disturb(model)
         model.save_pretrained(tmp_path / "with")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with").eval()
-        _require(open_doors(loaded) == open_doors(model), "the method is not at work in the loaded model")
-        _require(torch.equal(loaded(ids).logits, model(ids).logits), "the loaded model computes something else")
+        require(open_doors(loaded) == open_doors(model), "the method is not at work in the loaded model")
+        require(torch.equal(loaded(ids).logits, model(ids).logits), "the loaded model computes something else")
         for name, value in model.state_dict().items():
-            _require(torch.equal(loaded.state_dict()[name], value), f"{name} comes back changed")
+            require(torch.equal(loaded.state_dict()[name], value), f"{name} comes back changed")
 
     def test_gradient_checkpointing_changes_nothing(self) -> None:
         results = []
@@ -305,7 +304,7 @@ class DoorTests:
             results.append((loss.detach(), gradients, dict(model.named_buffers())))
         (loss, gradients, buffers), (loss_again, gradients_again, buffers_again) = results
         self.same(loss_again, loss)
-        _require(gradients.keys() == gradients_again.keys(), "other parameters get a gradient")
+        require(gradients.keys() == gradients_again.keys(), "other parameters get a gradient")
         for name in gradients:
             self.same(gradients_again[name], gradients[name])
         for name in buffers:
@@ -322,9 +321,9 @@ class DoorTests:
         Trainer(model, arguments, train_dataset=rows).train()
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         own = before.keys() - host_names
-        _require(bool(own) == self.trained, f"weights of the method's own: {sorted(own)}, but trained = {self.trained}")
-        _require(own <= moved, f"training leaves {sorted(own - moved)} where it was")
-        _require(any("q_proj" in name or "qkv" in name for name in moved), "training does not reach the queries")
+        require(bool(own) == self.trained, f"weights of the method's own: {sorted(own)}, but trained = {self.trained}")
+        require(own <= moved, f"training leaves {sorted(own - moved)} where it was")
+        require(any("q_proj" in name or "qkv" in name for name in moved), "training does not reach the queries")
 
     def test_lora_on_top(self) -> None:
         from peft import LoraConfig, get_peft_model  # of the extra `test`
@@ -336,7 +335,7 @@ class DoorTests:
         self.same(adapted(ids).logits, before)
         adapted(ids, labels=ids).loss.backward()
         grads = [p.grad.abs().max().item() for name, p in adapted.named_parameters() if "lora_B" in name]
-        _require(min(grads) > 0, "no gradient reaches the adapters")
+        require(min(grads) > 0, "no gradient reaches the adapters")
 
     def test_compiled_is_eager(self) -> None:
         if not self.compiled:
@@ -351,16 +350,3 @@ def _disturb(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _message_of(error: type[Exception], call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except error as problem:
-        return str(problem)
-    raise AssertionError(f"{error.__name__} was to be raised")

@@ -7,7 +7,6 @@ for models from outside. `DoorTests` are for methods that change a timm ViT: eac
 
 import copy
 import pickle
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import get_graph_node_names
+
+from shared_kernels.expectations import message_of, require, require_same
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -98,8 +99,8 @@ class ModelTests:
     def test_forward_with_and_without_checkpointing(self, name: str) -> None:
         model, x = self.create(name), images(2, self.size)
         logits = model(x)
-        _require(logits.shape == (2, model.num_classes), f"logits of shape {tuple(logits.shape)}")
-        _require(bool(logits.isfinite().all()), "logits are not finite")
+        require(logits.shape == (2, model.num_classes), f"logits of shape {tuple(logits.shape)}")
+        require(bool(logits.isfinite().all()), "logits are not finite")
         model.set_grad_checkpointing()
         torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-5)
 
@@ -107,44 +108,44 @@ class ModelTests:
         model = self.create(name, num_classes=42).train()
         model(images(2, self.size)).mean().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
-        _require(not without, f"no finite gradient for {without}")
+        require(not without, f"no finite gradient for {without}")
 
     def test_head_and_features_have_the_widths_they_claim(self, name: str) -> None:
         model, x = self.create(name), images(2, self.size)
         features = model.forward_features(x)
-        _require(features.shape[1] == model.num_features, f"features of shape {tuple(features.shape)}")
+        require(features.shape[1] == model.num_features, f"features of shape {tuple(features.shape)}")
         pooled = model.forward_head(features, pre_logits=True)
-        _require(pooled.shape == (2, model.head_hidden_size), f"pre-logits of shape {tuple(pooled.shape)}")
+        require(pooled.shape == (2, model.head_hidden_size), f"pre-logits of shape {tuple(pooled.shape)}")
         model.reset_classifier(0)
-        _require(model(x).shape == (2, model.head_hidden_size), "reset_classifier(0) does not give pooled features")
+        require(model(x).shape == (2, model.head_hidden_size), "reset_classifier(0) does not give pooled features")
         model.reset_classifier(0, "")
-        _require(model(x).shape == features.shape, "reset_classifier(0, '') does not give the map")
+        require(model(x).shape == features.shape, "reset_classifier(0, '') does not give the map")
         unpooled = self.create(name, num_classes=0, global_pool="")
-        _require(unpooled(x).shape == features.shape, "create_model(num_classes=0, global_pool='') gives no map")
+        require(unpooled(x).shape == features.shape, "create_model(num_classes=0, global_pool='') gives no map")
 
     def test_names_in_the_configuration_exist(self, name: str) -> None:
         model = self.create(name)
         for key in ("first_conv", "classifier"):
-            _require(f"{model.pretrained_cfg[key]}.weight" in model.state_dict(), f"{key} names no weight")
+            require(f"{model.pretrained_cfg[key]}.weight" in model.state_dict(), f"{key} names no weight")
 
     def test_feature_maps(self, name: str) -> None:
         model, x = self.create(name), images(2, self.size)
         final, maps = model.forward_intermediates(x)
         torch.testing.assert_close(final, model.forward_features(x), rtol=1e-4, atol=1e-5)
-        _require(len(maps) >= 3, f"{len(maps)} feature maps")
+        require(len(maps) >= 3, f"{len(maps)} feature maps")
         extractor = self.create(name, features_only=True)
         for given, info in zip(extractor(x), extractor.feature_info, strict=True):
-            _require(given.shape[1] == info["num_chs"], f"{info} has {given.shape[1]} channels")
-            _require(given.shape[2] <= -(-self.size // info["reduction"]) + 1, f"{info}: {tuple(given.shape)}")
+            require(given.shape[1] == info["num_chs"], f"{info} has {given.shape[1]} channels")
+            require(given.shape[2] <= -(-self.size // info["reduction"]) + 1, f"{info}: {tuple(given.shape)}")
 
     def test_other_sizes_and_channels(self, name: str) -> None:
         model = self.create(name)
         for size in self.sizes:
-            _require(bool(model(images(1, size)).isfinite().all()), f"not finite at {size}")
+            require(bool(model(images(1, size)).isfinite().all()), f"not finite at {size}")
         for channels in (1, 8):
             logits = self.create(name, in_chans=channels)(images(1, self.size, channels=channels))
-            _require(bool(logits.isfinite().all()), f"not finite with {channels} channels")
-        _require(model(images(0, self.size)).shape == (0, model.num_classes), "an empty batch gives logits")
+            require(bool(logits.isfinite().all()), f"not finite with {channels} channels")
+        require(model(images(0, self.size)).shape == (0, model.num_classes), "an empty batch gives logits")
 
     def test_images_of_a_batch_are_independent(self, name: str) -> None:
         model, x = self.create(name), images(3, self.size)
@@ -154,17 +155,17 @@ class ModelTests:
         model, x = self.create(name), images(1, self.size)
         logits = model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            _require(torch.equal(twin(x), logits), "a copy computes something else")
+            require(torch.equal(twin(x), logits), "a copy computes something else")
         torch.manual_seed(9)
         other = timm.create_model(name, **self.arguments).eval()
         other.load_state_dict(model.state_dict())
-        _require(torch.equal(other(x), logits), "the state dict does not hold the whole model")
+        require(torch.equal(other(x), logits), "the state dict does not hold the whole model")
 
     def test_bfloat16_autocast(self, name: str) -> None:
         model, x = self.create(name), images(2, self.size)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x)
-        _require(bool(logits.isfinite().all()), "not finite under autocast")
+        require(bool(logits.isfinite().all()), "not finite under autocast")
 
     def test_compiled_is_eager(self, name: str) -> None:
         if not self.compiled:
@@ -219,18 +220,17 @@ class DoorTests:
 
     def same(self, given: Tensor, wanted: Tensor) -> None:
         """Raises AssertionError where the two differ by more than `tolerance`, or one is NaN."""
-        scale = max([1.0, *wanted.abs().flatten().tolist()])
-        torch.testing.assert_close(given, wanted, atol=self.tolerance * scale, rtol=0)
+        require_same(given, wanted, self.tolerance)
 
     def test_changes_the_output_and_remove_restores_the_host(self, kind: str) -> None:
         model, x = tiny_vit(kind), images(3)
         before, type_before, names = model(x), type(model), set(model.state_dict())
         handle = self.apply(model)
-        _require(not torch.equal(model(x), before), "the method changes nothing in this model")
+        require(not torch.equal(model(x), before), "the method changes nothing in this model")
         handle.remove()
         handle.remove()
-        _require(torch.equal(model(x), before), "the host does not come back bit for bit")
-        _require(type(model) is type_before and set(model.state_dict()) == names, "remove() leaves something behind")
+        require(torch.equal(model(x), before), "the host does not come back bit for bit")
+        require(type(model) is type_before and set(model.state_dict()) == names, "remove() leaves something behind")
 
     def test_neutral_setting_is_the_host(self, kind: str) -> None:
         model, x = tiny_vit(kind), images(3)
@@ -246,18 +246,18 @@ class DoorTests:
                 raise KeyError
         except KeyError:
             pass
-        _require(torch.equal(model(x), before), "the host does not come back")
+        require(torch.equal(model(x), before), "the host does not come back")
 
     def test_applying_twice_is_refused(self) -> None:
         model = self.changed()
-        message = _message_of(ValueError, lambda: self.apply(model))
-        _require("remove()" in message, f"the message does not say what to do: {message}")
+        message = message_of(ValueError, lambda: self.apply(model))
+        require("remove()" in message, f"the message does not say what to do: {message}")
 
     def test_other_models_are_refused(self) -> None:
         for name in ("test_convnext", "test_vit_relpos", "test_eva" if timm.is_model("test_eva") else "test_resnet"):
             model: Any = timm.create_model(name)
-            message = _message_of((TypeError, ValueError), partial(self.apply, model))
-            _require("VisionTransformer" in message, f"the message does not say what is supported: {message}")
+            message = message_of((TypeError, ValueError), partial(self.apply, model))
+            require("VisionTransformer" in message, f"the message does not say what is supported: {message}")
 
     def test_images_of_a_batch_are_independent(self, kind: str) -> None:
         model, x = self.changed(kind), images(4)
@@ -267,14 +267,14 @@ class DoorTests:
 
     def test_one_image_and_none(self) -> None:
         model = self.changed()
-        _require(model(images(1)).shape == (1, 5), "one image")
-        _require(model(images(0)).shape == (0, 5), "no image gives logits")
+        require(model(images(1)).shape == (1, 5), "one image")
+        require(model(images(0)).shape == (0, 5), "no image gives logits")
 
     def test_other_sizes_and_channels(self) -> None:
         model = self.changed(dynamic_img_size=True)
         for size in ((48, 72), (40, 56), (16, 16)) if self.any_size else ():
-            _require(bool(model(images(2, size)).isfinite().all()), f"not finite at {size}")
-        _require(bool(self.changed(in_chans=1)(images(2, channels=1)).isfinite().all()), "one channel")
+            require(bool(model(images(2, size)).isfinite().all()), f"not finite at {size}")
+        require(bool(self.changed(in_chans=1)(images(2, channels=1)).isfinite().all()), "one channel")
 
     def test_checkpointing_changes_nothing(self) -> None:
         gradients = []
@@ -283,39 +283,39 @@ class DoorTests:
             model.set_grad_checkpointing(checkpointing)
             model(images(2)).square().mean().backward()
             gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        _require(gradients[0].keys() == gradients[1].keys(), "other parameters get a gradient")
+        require(gradients[0].keys() == gradients[1].keys(), "other parameters get a gradient")
         for name in gradients[0]:
             self.same(gradients[1][name], gradients[0][name])
 
     def test_feature_maps_keep_their_grid(self, kind: str) -> None:
         model, x = self.changed(kind), images(2)
         final, maps = model.forward_intermediates(x)
-        _require(all(m.shape == (2, 48, 6, 6) for m in maps), f"maps of shapes {[tuple(m.shape) for m in maps]}")
-        _require(bool(torch.stack(maps).isfinite().all()), "maps are not finite")
+        require(all(m.shape == (2, 48, 6, 6) for m in maps), f"maps of shapes {[tuple(m.shape) for m in maps]}")
+        require(bool(torch.stack(maps).isfinite().all()), "maps are not finite")
         self.same(model.forward_head(final), model(x))
 
     def test_copies_and_state_dict(self) -> None:
         model, x = self.changed(), images(2)
         logits = model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            _require(torch.equal(twin(x), logits), "a copy computes something else")
+            require(torch.equal(twin(x), logits), "a copy computes something else")
         other = self.changed(seed=7)
-        _require(not torch.equal(other(x), logits), "another seed gives the same model")
+        require(not torch.equal(other(x), logits), "another seed gives the same model")
         other.load_state_dict(model.state_dict())
-        _require(torch.equal(other(x), logits), "the state dict does not hold the whole model")
+        require(torch.equal(other(x), logits), "the state dict does not hold the whole model")
 
     def test_bfloat16(self) -> None:
         model, x = self.changed(), images(2)
-        _require(bool(model.to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()), "not finite in bfloat16")
+        require(bool(model.to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()), "not finite in bfloat16")
 
     def test_training_reaches_the_weights(self) -> None:
         plain = set(tiny_vit(self.kinds[0]).state_dict())
         model = self.changed().train()
         model(images(4)).square().mean().backward()
         own = [n for n, p in model.named_parameters() if n not in plain and p.requires_grad]
-        _require(bool(own) == self.trained, f"weights of the method's own: {own}, but trained = {self.trained}")
+        require(bool(own) == self.trained, f"weights of the method's own: {own}, but trained = {self.trained}")
         gradient = model.blocks[0].attn.qkv.weight.grad
-        _require(gradient is not None and gradient.abs().max().item() > 0, "no gradient reaches the first block")
+        require(gradient is not None and gradient.abs().max().item() > 0, "no gradient reaches the first block")
 
     def test_compiled_is_eager(self) -> None:
         if not self.compiled:
@@ -327,19 +327,6 @@ class DoorTests:
         untouched, x = tiny_vit(self.kinds[0]), images(2)
         before = untouched(x)
         self.changed()
-        _require(torch.equal(untouched(x), before), "a door into one model changes another")
+        require(torch.equal(untouched(x), before), "a door into one model changes another")
         torch.save(untouched.state_dict(), tmp_path / "plain.pt")
         tiny_vit(self.kinds[0]).load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _message_of(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except error as problem:
-        return str(problem)
-    raise AssertionError(f"{error} was to be raised")

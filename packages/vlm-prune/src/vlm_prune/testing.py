@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from shared_kernels.expectations import message_of, require, require_same
 from vlm_prune.criterion import Criterion, Selection
 from vlm_prune.door import Method, PruneHandle, open_pruner
 from vlm_prune.tiny_models import FAMILIES, LONG, SHORT, prompt, tiny_model
@@ -132,33 +133,32 @@ class MethodTests:
 
     def same(self, given: Tensor, wanted: Tensor) -> None:
         """Raises AssertionError where the two differ by more than `tolerance`, relative to the largest, or are NaN."""
-        scale = max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(given, wanted, atol=self.tolerance * scale, rtol=0)
+        require_same(given, wanted, self.tolerance)
 
     def test_keep_all_is_the_host(self, family: str) -> None:
         model: Any = shared_model(family)
         inputs = prompt(family, LONG, SHORT)
         before, whole = logits(model, inputs), model(**inputs).logits
         with self.open(family, 1.0):
-            _require(torch.equal(logits(model, inputs), before), "keep 1.0 changes what is generated")
-            _require(torch.equal(model(**inputs).logits, whole), "keep 1.0 changes the logits of the prompt")
+            require(torch.equal(logits(model, inputs), before), "keep 1.0 changes what is generated")
+            require(torch.equal(model(**inputs).logits, whole), "keep 1.0 changes the logits of the prompt")
 
     def test_dropping_is_hiding(self, family: str) -> None:
         inputs = prompt(family, LONG, SHORT)
         handle = self.open(family)
         pruned = generate(handle.model, inputs)
         report = handle.report
-        _require(int(report.entering.min()) < int(report.num_tokens.min()), "the method drops nothing")
+        require(int(report.entering.min()) < int(report.num_tokens.min()), "the method drops nothing")
         if self.merges:
             handle.remove()
             return
         with nothing_dropped(handle) as model:
             hidden = generate(model, inputs)
         self.same(torch.stack(pruned.logits), torch.stack(hidden.logits))
-        _require(torch.equal(pruned.sequences, hidden.sequences), "other tokens are generated")
+        require(torch.equal(pruned.sequences, hidden.sequences), "other tokens are generated")
         host = generate(shared_model(family), inputs)
         distance = (torch.stack(host.logits) - torch.stack(pruned.logits)).abs().max().item()
-        _require(distance > 1e-3, "hiding what was dropped changes nothing, so this test shows nothing")
+        require(distance > 1e-3, "hiding what was dropped changes nothing, so this test shows nothing")
 
     def test_samples_do_not_depend_on_their_batch(self, family: str) -> None:
         with self.open(family) as handle:
@@ -167,7 +167,7 @@ class MethodTests:
             alone = logits(handle.model, prompt(family, SHORT))
             padding = prompt(family, LONG)["input_ids"].shape[1] - prompt(family, SHORT)["input_ids"].shape[1]
             for layer, found in handle.report.kept.items():
-                _require(torch.equal(found[0] + padding, kept[layer][1]), f"other tokens stay behind layer {layer}")
+                require(torch.equal(found[0] + padding, kept[layer][1]), f"other tokens stay behind layer {layer}")
         self.same(together[1:], alone)
 
     def test_beams_and_a_static_cache(self) -> None:
@@ -182,7 +182,7 @@ class MethodTests:
             return
         with nothing_dropped(handle) as model:
             wanted = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=3, eos_token_id=None)
-        _require(torch.equal(beams, wanted), "beam search finds other tokens")
+        require(torch.equal(beams, wanted), "beam search finds other tokens")
 
     def test_second_turn(self) -> None:
         family = self.families[0]
@@ -203,17 +203,17 @@ class MethodTests:
         hooks = _hooks(model)
         try:
             with self.open(family) as handle:
-                _require(len(handle.layers_changed) > 0, "the handle says that no layer was changed")
-                _require(not torch.equal(logits(model, inputs), before), "the method changes nothing")
+                require(len(handle.layers_changed) > 0, "the handle says that no layer was changed")
+                require(not torch.equal(logits(model, inputs), before), "the method changes nothing")
                 raise KeyError
         except KeyError:
             pass
         handle.remove()
-        _require(torch.equal(logits(model, inputs), before), "the host does not come back bit for bit")
-        _require(set(vars(model)) == names and set(vars(model.base_model)) == state, "something is left behind")
-        _require(_hooks(model) == hooks, "hooks are left in the model")
+        require(torch.equal(logits(model, inputs), before), "the host does not come back bit for bit")
+        require(set(vars(model)) == names and set(vars(model.base_model)) == state, "something is left behind")
+        require(_hooks(model) == hooks, "hooks are left in the model")
         left = [type(m).__name__ for m in model.modules() if hasattr(m, "vlm_prune_probe")]
-        _require(not left, f"probes are left in {left}")
+        require(not left, f"probes are left in {left}")
 
     def test_bfloat16(self) -> None:
         family = self.families[0]
@@ -221,7 +221,7 @@ class MethodTests:
         inputs = prompt(family, LONG, SHORT)
         inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
         with open_pruner(model, self.config(self.keep)):
-            _require(bool(logits(model, inputs).isfinite().all()), "NaN or infinity in bfloat16")
+            require(bool(logits(model, inputs).isfinite().all()), "NaN or infinity in bfloat16")
 
     def test_eager_attention_is_sdpa(self) -> None:
         family = self.families[0]
@@ -238,14 +238,14 @@ class MethodTests:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         before = logits(model, inputs)
         with self.open(family) as handle:
-            _require(torch.equal(logits(model, inputs), before), "a prompt without images is changed")
-            message = _message_of(RuntimeError, lambda: handle.report)
-            _require("images" in message, f"the message does not say what is missing: {message}")
+            require(torch.equal(logits(model, inputs), before), "a prompt without images is changed")
+            message = message_of(RuntimeError, lambda: handle.report)
+            require("images" in message, f"the message does not say what is missing: {message}")
 
     def test_out_of_range_is_refused(self) -> None:
         for keep in (0.0, -0.1, 1.5, float("nan")):
-            message = _message_of(ValueError, lambda k=keep: self.config(k))  # type: ignore[misc]
-            _require(str(keep) in message and "(0, 1]" in message, f"the message does not help: {message}")
+            message = message_of(ValueError, lambda k=keep: self.config(k))  # type: ignore[misc]
+            require(str(keep) in message and "(0, 1]" in message, f"the message does not help: {message}")
 
 
 def _hooks(model: Any) -> int:
@@ -262,19 +262,6 @@ def _two_turns(model: Any, inputs: Inputs) -> Tensor:
         pad = torch.zeros(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int)
         second["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], pad], 1)
     return torch.stack(generate(model, second).logits, 1)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _message_of(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except error as problem:
-        return str(problem)
-    raise AssertionError(f"{error} was to be raised")
 
 
 def fixed_choice(kept: Callable[[Any], Tensor], **options: Any) -> Criterion:
