@@ -11,7 +11,7 @@ CLAIM = (
     "Rectified SpaAttn, choice of blocks included, is at least 5 times faster than dense attention of 8,192 tokens "
     "at density 0.1, and 9 times at 0.05."
 )
-SWEEP = {"tokens": (2_048, 8_192), "density": (0.1, 0.05)}
+SWEEP = {"tokens": (512, 2_048, 8_192), "density": (0.1, 0.05)}
 BASELINE = "sdpa"
 TARGETS = ((5, {"tokens": (8_192,), "density": (0.1,)}), (9, {"tokens": (8_192,), "density": (0.05,)}))
 ROUNDS = 5

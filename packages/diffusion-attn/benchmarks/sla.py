@@ -8,7 +8,7 @@ from diffusion_attn import SLAConfig, SparseLinearAttention
 CLAIM = (
     "SLA with 5 % critical blocks is at least 5 times faster than dense attention of 8,192 tokens, backward included."
 )
-SWEEP = {"tokens": (2_048, 8_192), "pass": ("forward", "forward + backward")}
+SWEEP = {"tokens": (512, 2_048, 8_192), "pass": ("forward", "forward + backward")}
 BASELINE = "sdpa"
 TARGET = 5
 TARGET_AT = {"tokens": (8_192,), "pass": ("forward + backward",)}

@@ -1,5 +1,6 @@
 """What the door does for every method: where it does not act, and what it refuses."""
 
+import copy
 import logging
 
 import pytest
@@ -8,7 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from diffusion_attn.block_sparse import BlockSparseConfig
 from diffusion_attn.diffusers.door import Schedule
-from diffusion_attn.diffusers.methods import apply_block_sparse
+from diffusion_attn.diffusers.methods import apply_block_sparse, apply_sla
+from diffusion_attn.sla import SLAConfig
 from diffusion_attn.testing import inputs_of, output_of, tiny_model
 
 
@@ -95,6 +97,30 @@ def test_fused_projections_go_on_working():
     model.fuse_qkv_projections()
     with apply_block_sparse(model, BlockSparseConfig(density=1, block_size=(8, 8))):
         torch.testing.assert_close(output_of(model, inputs), host, atol=2e-5, rtol=1e-4)
+
+
+def test_a_copy_works_with_its_own_weights():
+    """As an average of weights does that is kept beside the model; also when the original's method is removed."""
+    model, inputs = tiny_model("wan"), inputs_of("wan")
+    handle = apply_sla(model, SLAConfig(critical=0.2, negligible=0.2, block_size=(8, 8)))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in twin.blocks:
+            block.attn1.diffusion_attn_sla.proj.weight.fill_(0.5)
+    before, other = output_of(model, inputs), output_of(twin, inputs)
+    assert (other - before).norm() > 1e-3 * before.norm()
+    assert torch.equal(output_of(model, inputs), before)
+    handle.remove()
+    assert torch.equal(output_of(twin, inputs), other)
+
+
+def test_tokens_that_fit_no_grid_are_refused():
+    model, inputs = tiny_model("wan"), inputs_of("wan")
+    with sparse(model):
+        model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0][:, :-1], *args[1:]))
+        model.rope.register_forward_hook(lambda *given: tuple(table[:, :-1] for table in given[-1]))
+        with pytest.raises(ValueError, match="71 tokens attend to each other where a grid of"):
+            output_of(model, inputs)
 
 
 def test_wrong_schedules_are_refused():

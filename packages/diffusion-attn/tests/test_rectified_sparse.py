@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion_attn.diffusers.methods import apply_rectified_sparse
+from diffusion_attn.diffusers.methods import apply_rectified_sparse, kept_blocks
 from diffusion_attn.rectified_sparse import (
     RectifiedSparseConfig,
     choose_critical,
@@ -229,6 +229,21 @@ def test_nothing_is_rectified_where_everything_is_kept():
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         RectifiedSparseConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"neighbors": False}, None),
+        ({"neighbors": False, "first_frame": "frame"}, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]),
+        ({"neighbors": False, "first_frame": "curve"}, [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]),
+        ({"neighbors": True}, [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]),
+    ],
+)
+def test_blocks_that_are_kept_in_any_case(settings, expected):
+    """Three frames of 2 x 4 tokens, row by row, in blocks of 7: the first frame reaches into the second block."""
+    found = kept_blocks(RectifiedSparseConfig(block_size=7, order="raster", **settings), (3, 2, 4), torch.device("cpu"))
+    assert (found if found is None else found.int().tolist()) == expected
 
 
 class TestDoor(DoorTests):

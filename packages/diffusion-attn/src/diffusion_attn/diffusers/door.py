@@ -16,7 +16,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -131,14 +131,14 @@ class VisualHandle(Handle):
 class _Method(TorchFunctionMode):
     """Inside it, attention of all tokens among each other is the method's."""
 
-    def __init__(self, layer: "_Layer") -> None:
+    def __init__(self, layer: "_Layer", attention: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.attention = layer, attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _SDPA:
-            return self.layer.attend(*args, **kwargs)
+            return self.layer.attend(self.attention, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -147,21 +147,20 @@ class _Layer:
     """A layer that the method acts in."""
 
     index: int
-    attention: nn.Module
     family: Family
     layout: Layout
     schedule: Schedule
     method: Attend
-    model: nn.Module
     met: bool = False
     """Whether the present call of the processor has come to attention."""
 
-    def dense_now(self) -> bool:
-        early = self.layout.step < self.schedule.dense_steps and not self.model.training
+    def dense_now(self, attention: nn.Module) -> bool:
+        early = self.layout.step < self.schedule.dense_steps and not attention.training
         return early or self.layout.num_visual < self.schedule.dense_below
 
     def attend(
         self,
+        attention: nn.Module,
         query: Float[Tensor, "B H N D"],
         key: Float[Tensor, "B H N D"],
         value: Float[Tensor, "B H N E"],
@@ -175,8 +174,13 @@ class _Layer:
         self.met = True
         visual = self.layout.num_visual
         text = query.shape[2] - visual
-        if key.shape[2] != query.shape[2] or text < 0 or (text and self.family.text == "none") or self.dense_now():
+        if key.shape[2] != query.shape[2] or self.dense_now(attention):  # an adapter's cross-attention, or the schedule
             return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if text < 0 or (text and self.family.text == "none"):
+            raise ValueError(
+                f"{query.shape[2]} tokens attend to each other where a grid of {self.layout.grid} has {visual}: "
+                "something else drops or adds tokens in this model"
+            )
         if is_causal or dropout_p:
             raise ValueError("sparse attention of visual tokens is neither causal nor has dropout")
         if enable_gqa and key.shape[1] != query.shape[1]:
@@ -186,19 +190,18 @@ class _Layer:
         valid = _valid_text(attn_mask, query, of_text)
         words = TextKeys(key[:, :, of_text], value[:, :, of_text], valid) if text else None
         seen = query[:, :, of_visual], key[:, :, of_visual], value[:, :, of_visual]
-        out = self._attend_visual(*seen, words, scale)
+        out = self._attend_visual(VisualCall(attention, *seen, words, scale))
         if words is None:
             return out
         written = attend_all(query[:, :, of_text], seen[1], seen[2], words, scale=scale)
         return torch.cat([written, out] if self.family.text == "first" else [out, written], 2)
 
-    def _attend_visual(
-        self, query: Tensor, key: Tensor, value: Tensor, text: TextKeys | None, scale: float | None
-    ) -> Tensor:
-        order = self.layout.order(query.device)
+    def _attend_visual(self, call: VisualCall) -> Tensor:
+        order = self.layout.order(call.query.device)
         if order is not None:
-            query, key, value = (t.index_select(2, order[0]) for t in (query, key, value))
-        out, shares = self.method(VisualCall(self.attention, query, key, value, text, scale), self.layout)
+            query, key, value = (t.index_select(2, order[0]) for t in (call.query, call.key, call.value))
+            call = replace(call, query=query, key=key, value=value)
+        out, shares = self.method(call, self.layout)
         if not torch.compiler.is_compiling():
             self.layout.shares[self.index] = shares.detach()
         return out if order is None else out.index_select(2, order[1])
@@ -222,11 +225,13 @@ def _processor_for(layer: _Layer, processor: Any) -> Any:
     host: type = type(processor)
 
     class Taken(host):
+        taken_by = layer
+
         @functools.wraps(host.__call__)  # diffusers passes on what the signature names
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
             layer.met = False
-            with _Method(layer):
-                out = super().__call__(*args, **kwargs)
+            with _Method(layer, attn):
+                out = super().__call__(attn, *args, **kwargs)
             if not layer.met:
                 raise RuntimeError(
                     f"{host.__name__} did not call scaled_dot_product_attention, so the method had no part in it: "
@@ -272,9 +277,9 @@ def open_door(
             attention: Any = found[index]
             if modules is not None:
                 _furnish(handle, attention, f"diffusion_attn_{name}", modules(attention))
-            layer = _Layer(index, attention, family, layout, schedule, method, model)
+            layer = _Layer(index, family, layout, schedule, method)
             _take(handle, attention, _processor_for(layer, attention.processor))
-        hook = _root_hook(model, family, layout, schedule, [found[index] for index in chosen])
+        hook = _root_hook(model, family, layout, schedule, chosen)
         handle.on_remove(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
     except BaseException:
         handle.remove()
@@ -300,15 +305,15 @@ def _take(handle: Handle, attention: Any, processor: Any) -> None:
 
 
 def _root_hook(
-    model: nn.Module, family: Family, layout: Layout, schedule: Schedule, taken: Sequence[Any]
+    model: nn.Module, family: Family, layout: Layout, schedule: Schedule, chosen: Sequence[int]
 ) -> Callable[..., None]:
     """Notes grid and step before the model runs."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
-    processors = [attention.processor for attention in taken]
     said: list[int] = []
 
     def before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(attention.processor is not ours for attention, ours in zip(taken, processors, strict=True)):
+        found: list[Any] = attention_modules(model)  # of this model: a copy has the hook too
+        if any(not hasattr(found[index].processor, "taken_by") for index in chosen):
             raise RuntimeError(
                 "the attention processors were replaced (set_attn_processor, fuse_qkv_projections) while a method was "
                 "at work: call remove() on its handle, change them, and apply the method again"

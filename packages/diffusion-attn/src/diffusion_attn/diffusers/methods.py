@@ -40,7 +40,7 @@ def apply_rectified_sparse(
     def method(call: VisualCall, layout: Layout) -> tuple[Tensor, Tensor]:
         key = (layout.grid, call.query.device)
         if key not in kept:
-            kept[key] = _kept_blocks(config, layout.grid, call.query.device)
+            kept[key] = kept_blocks(config, layout.grid, call.query.device)
         out, lists = rectified_sparse_attention(
             call.query, call.key, call.value, config, text=call.text, kept=kept[key], scale=call.scale
         )
@@ -49,8 +49,8 @@ def apply_rectified_sparse(
     return open_door(model, "rectified_sparse", config, method, schedule=schedule, order=_ORDERS[config.order])
 
 
-def _kept_blocks(config: RectifiedSparseConfig, grid: Grid, device: torch.device) -> Tensor | None:
-    """Blocks that are kept whatever is in them."""
+def kept_blocks(config: RectifiedSparseConfig, grid: Grid, device: torch.device) -> Tensor | None:
+    """Pairs (N, N) of query and key blocks that are kept whatever is in them; None if there are none."""
     order = (_ORDERS[config.order] or raster_order)(grid)
     count = -(-order.numel() // config.block_size)
     kept = torch.zeros(count, count, dtype=torch.bool)
@@ -60,7 +60,7 @@ def _kept_blocks(config: RectifiedSparseConfig, grid: Grid, device: torch.device
         first = blocks_of_frame(grid, order, config.block_size)
         kept |= first[:, None] & first
     elif config.first_frame == "curve":
-        first = torch.arange(count) < -(-(order.numel() // config.block_size) // grid[0])
+        first = torch.arange(count) < count // grid[0]
         kept |= first[:, None] & first
     return kept.to(device) if kept.any() else None
 
@@ -69,7 +69,7 @@ def apply_sla(model: nn.Module, config: SLAConfig = _SLA, *, schedule: Schedule 
     """SLA in a transformer of diffusers: it adds one small linear map per layer and is made to be fine-tuned with.
 
     The maps are `attention.diffusion_attn_sla` and start at zero, which is plain block-sparse attention. All weights of
-    the model are meant to be trained (`sla_training`); `save_method` keeps them. TypeError on an unsupported model,
+    the model are meant to be trained (`training`); `save_transformer` keeps them. TypeError on an unsupported model,
     ValueError where a method is at work already.
     """
 
